@@ -1,0 +1,241 @@
+"""The settings of a run: typed, frozen, checked at birth. Every field has a unit and a meaning.
+
+Unknown keys are errors that name their neighbour. Only things that may be printed in public live here: data, keys and
+random states are arguments. `docs/settings.md` is generated from these classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedssl.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """A section: frozen, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Settings):
+    """Which histories, and how they are cut."""
+
+    path: str = Field("", description="File of histories; a bare name is also looked up in $FEDSSL_DATA")
+    format: str = Field("auto", description="auto: found by looking; inter: RecBole atomic file; lines: `user item item ...`")
+    min_events: int = Field(5, ge=1, description="k-core: users and items with fewer events are dropped until none is left; 1: keep all")
+    split: Literal["leave-one-out"] = Field("leave-one-out", description="A user's last event is test, the one before validation, the rest training")
+    items: str = Field("", description="RecBole `.item` file with titles and attributes; empty: none")
+    catalogue: str = Field("", description="A public catalogue.jsonl; empty: made from the data, which no epsilon covers")
+
+
+class EncoderConfig(Settings):
+    """The sequence encoder, shared by all users."""
+
+    name: str = Field("sasrec", description="An encoder that ships (sasrec), or package.module:name")
+    width: int = Field(64, ge=1, description="Width D of item vectors and hidden states")
+    blocks: int = Field(2, ge=0, description="Transformer blocks")
+    heads: int = Field(2, ge=1, description="Attention heads; must divide width")
+    hidden: int = Field(128, ge=1, description="Width of the feed-forward layer")
+    window: int = Field(50, ge=1, description="Positions L of one window: the newest events a prediction reads")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of activations zeroed in training; 0: none")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> EncoderConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; choose heads that divide it")
+        return self
+
+
+class TaskConfig(Settings):
+    """One pretext task. What a task does not use, it ignores; `docs/settings.md` says which reads what."""
+
+    name: str = Field(description="A task that ships (next-item, contrastive), or package.module:name")
+    weight: float = Field(1.0, ge=0.0, description="Factor of this task's loss in the sum; 0: not computed")
+    negatives: int = Field(0, ge=0, description="next-item: negatives drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories")
+    temperature: float = Field(0.5, gt=0.0, description="contrastive: divisor of cosine similarities")
+    keep: float = Field(0.6, gt=0.0, le=1.0, description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place")
+
+
+class CountsConfig(Settings):
+    """Item-to-item transition counts, summed over users once before training and added to the encoder's score."""
+
+    lags: int = Field(3, ge=1, description="Pairs (earlier, later) up to this many events apart are counted")
+    decay: float = Field(0.5, gt=0.0, le=1.0, description="A pair k events apart weighs decay^(k-1)")
+    context: int = Field(3, ge=1, description="How many of the newest events are read when scoring")
+    context_decay: float = Field(0.5, gt=0.0, le=1.0, description="The j-th newest event weighs context_decay^(j-1)")
+    form: Literal["log1p", "log-lift"] = Field("log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed by scale")
+    scale: float = Field(10.0, gt=0.0, description="log1p: factor inside the logarithm; log-lift: pseudo-counts")
+    strength: float = Field(1.0, ge=0.0, description="Factor of the counts' score beside the encoder's; 0: encoder alone")
+    top: int = Field(0, ge=0, description="Cells kept of each row, largest first; 0: all")
+    clip_norm: float | None = Field(None, gt=0.0, description="L2 norm, over all cells, to which every user's counts are shortened; None: raw counts (refused under a plan)")
+    share: float = Field(0.85, gt=0.0, lt=1.0, description="Share of the privacy budget (of 1/z^2) that the counts take under a plan with a target epsilon")
+
+
+class HeadConfig(Settings):
+    """A personal head: trained on the device, kept there, never sent."""
+
+    name: Literal["none", "user-vector"] = Field("none", description="none, or user-vector: one vector added to the hidden state (FedPer)")
+    lr: float = Field(1.0, gt=0.0, description="Step size of the head's local SGD")
+
+
+class LocalConfig(Settings):
+    """What one user does in a round."""
+
+    steps: int = Field(1, ge=1, description="Local SGD steps S")
+    lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
+    windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
+    grid_step: float = Field(2.0**-24, gt=0.0, description="Without a clip: the grid to which updates are rounded, in units of the weights; a power of two")
+
+
+class ServerConfig(Settings):
+    """How rounds are made of users, and updates made into weights."""
+
+    rounds: int = Field(100, ge=1, description="Training rounds")
+    cohort: float = Field(64, gt=0, description="Expected users a round")
+    sampling: Literal["passes", "poisson"] = Field("passes", description="passes: each user once a pass, in shuffled order (refused under a plan); poisson: a coin a user")
+    weighting: Literal["equal", "positions"] = Field("equal", description="equal: users weigh alike; positions: by trained positions (refused under a plan)")
+    optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam), or package.module:name")
+    lr: float = Field(0.003, gt=0.0, description="Server step size at the top of the schedule")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd: momentum; adam: beta1")
+    beta2: float = Field(0.98, ge=0.0, lt=1.0, description="adam: decay of the squared update")
+    epsilon: float = Field(1e-8, gt=0.0, description="adam: added to the root of the squared update")
+    schedule: Literal["constant", "cosine"] = Field("cosine", description="constant, or cosine decay to `floor` over the rounds")
+    floor: float = Field(0.02, ge=0.0, le=1.0, description="cosine: the last round's share of lr")
+    warmup: int = Field(0, ge=0, description="Rounds over which lr grows linearly from 0; 0: none")
+
+
+class PrivacyConfig(Settings):
+    """What the run promises each user. Printed in every report."""
+
+    clip_norm: float | None = Field(None, gt=0.0, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
+    noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on the cohort's sum; 0: no plan unless `epsilon` is given")
+    counts_noise_multiplier: float = Field(0.0, ge=0.0, description="The same for the counts; needed with `noise_multiplier` where [counts] is on")
+    epsilon: float | None = Field(None, gt=0.0, description="Target epsilon of the whole run: noise is solved for it; None: noise is given")
+    delta: float = Field(1e-6, gt=0.0, lt=1.0, description="Chance that the epsilon promise fails; keep it below 1 / number of users")
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether noise is added and epsilon accounted."""
+        return self.noise_multiplier > 0 or self.epsilon is not None
+
+    @model_validator(mode="after")
+    def _noise_needs_a_clip(self) -> PrivacyConfig:
+        if self.has_plan and self.clip_norm is None:
+            raise ValueError("noise without a clip promises nothing; set clip_norm")
+        if self.epsilon is not None and self.noise_multiplier > 0:
+            raise ValueError("epsilon and noise_multiplier are both given; give one, the other follows from it")
+        return self
+
+
+class EvaluationConfig(Settings):
+    """When and how recommendations are measured."""
+
+    every: int = Field(0, ge=0, description="Rounds between validations; 0: only after the last round")
+    users: int = Field(2000, ge=0, description="Users in a validation between rounds, a fixed random set; 0: all. The last one and the test always take all")
+    ks: tuple[int, ...] = Field((5, 10), description="Cut-offs of HR and NDCG")
+
+
+class SystemConfig(Settings):
+    """How fast, never what: changes nothing beyond rounding."""
+
+    users_per_chunk: int = Field(32, ge=1, description="Users trained at once")
+    shards: int = Field(1, ge=1, description="Nodes that the simulation deals its users to")
+    workers: int = Field(0, ge=0, description="Threads that train chunks; 0: one a core")
+    checkpoint_every: int = Field(50, ge=1, description="Rounds between checkpoints")
+    checkpoint_seconds: float = Field(60.0, ge=0.0, description="Seconds after which a checkpoint is due, whichever comes first; 0: by rounds alone")
+    keep_checkpoints: int = Field(1, ge=1, description="Newest checkpoints kept; older ones are removed")
+
+
+class RunConfig(Settings):
+    """A whole RUN.toml."""
+
+    preset: str = Field("", description="Name of the preset this run began with; empty: none")
+    seed: int = Field(1, ge=0, description="Chance of initial weights, windows, views, negatives, dropout, and of cohorts without a plan")
+    data: DataConfig = DataConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    task: tuple[TaskConfig, ...] = (TaskConfig(name="next-item"),)
+    counts: CountsConfig | None = None
+    head: HeadConfig = HeadConfig()
+    local: LocalConfig = LocalConfig()
+    server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    system: SystemConfig = SystemConfig()
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> RunConfig:
+        if not any(task.weight > 0 for task in self.task):
+            raise ValueError("[[task]] has no task with a weight above 0; nothing would be learned")
+        if self.local.grid_step != 2.0 ** round(_log2(self.local.grid_step)):
+            raise ValueError(f"[local] grid_step {self.local.grid_step} is not a power of two; try 2^-24 = {2.0**-24}")
+        if self.privacy.has_plan:
+            if self.server.sampling != "poisson":
+                raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")
+            if self.server.weighting != "equal":
+                raise ValueError("[server] weighting = 'positions' lets a user weigh more than the clip; under a plan set weighting = 'equal'")
+            if self.counts is not None and self.counts.clip_norm is None:
+                raise ValueError("[counts] has no clip_norm; under a plan every sum needs one")
+            if self.counts is not None and self.privacy.epsilon is None and self.privacy.counts_noise_multiplier == 0:
+                raise ValueError("[privacy] counts_noise_multiplier is 0 while [counts] is on; set it, or give a target epsilon")
+        return self
+
+
+def _log2(value: float) -> float:
+    import math
+
+    return math.log2(value)
+
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def check(kind: type[Checked], values: Mapping[str, Any], *, where: str) -> Checked:
+    """``kind`` made of ``values``, or a ConfigError that says where, what came, what was wanted."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = [str(part) for part in first["loc"]]
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        if first["type"] == "extra_forbidden":
+            message = f"{_section(path[:-1])}has no key '{path[-1]}'{_neighbour(kind, path)}"
+        elif first["type"] == "value_error":
+            message = f"{_section(path)}{first['ctx']['error']}"
+        else:
+            got = first["input"] if not isinstance(first["input"], Mapping) else "a table"
+            message = f"{_section(path[:-1])}{path[-1]} = {got!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        raise ConfigError(f"{where}: {message}{more}") from None
+
+
+def _section(path: list[str]) -> str:
+    names = [part for part in path if not part.isdigit()]
+    return f"[{'.'.join(names)}] " if names else ""
+
+
+def _neighbour(kind: type[BaseModel], path: list[str]) -> str:
+    """The known key nearest to an unknown one, found by walking the models along ``path``."""
+    here: Any = kind
+    for part in path[:-1]:
+        if part.isdigit():
+            continue
+        field = here.model_fields.get(part)
+        here = _model_in(field.annotation) if field is not None else None
+        if here is None:
+            return ""
+    near = difflib.get_close_matches(path[-1], list(here.model_fields), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(here.model_fields)}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _model_in(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""Histories: readers, the memory-mapped store, windows, and the synthetic generator."""

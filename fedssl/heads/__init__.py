@@ -1,0 +1,1 @@
+"""Personal heads: trained on the device, kept there, never sent."""

@@ -1,0 +1,1 @@
+"""The promise: clip, noise, epsilon and their ledger, all from one plan."""

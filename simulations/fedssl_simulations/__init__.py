@@ -1,0 +1,1 @@
+"""The roof: simulation on one machine, baselines, reports, and the fedssl command."""
