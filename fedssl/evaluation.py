@@ -1,0 +1,204 @@
+"""Evaluation: the rank of each user's held-out item among the whole catalogue, and metrics of those ranks.
+
+Leave-one-out by time: the last event of a user is the test target, the one before it the validation target, the rest
+training. No candidates are sampled: a target is ranked against every item (Krichene and Rendle 2020,
+https://dl.acm.org/doi/10.1145/3394486.3403226, show how sampling misleads). Every number is reported twice: `all`
+(any item may be recommended) and `unseen` (the user's earlier items are left out, never the target).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedssl.errors import DataError
+
+if TYPE_CHECKING:
+    from fedssl.data.histories import Histories
+
+Split = Literal["validation", "test"]
+Floats = NDArray[np.float64]
+
+Scorer = Callable[[Sequence[NDArray[np.int32]], NDArray[np.int64]], Tensor | Mapping[str, Tensor]]
+"""Histories (oldest event first) and numbers of n users -> scores (n, I+1), column 0 padding; or several such, by name.
+
+The first name of a dict is the recommender itself, the others are its parts; a lone tensor is called `score`.
+"""
+
+
+def ranks(scores_UI: Tensor, targets_U: NDArray[np.integer[Any]], seen: tuple[NDArray[np.integer[Any]], NDArray[np.integer[Any]]]) -> tuple[Floats, Floats]:
+    """The rank of each user's target among all items, and among those the user has not met.
+
+    Guarantees:
+      - rank = 1 + items that score strictly higher + half of the other items that score the same;
+      - the padding column 0 is no item: its scores are not looked at;
+      - for the second rank every pair of ``seen`` is left out, listed once or often, but never the target itself;
+      - a NaN is worse than everything, -inf included; a target that scores NaN ranks last, behind all that are not left out;
+      - infinities are numbers like others, and two of one sign are a tie.
+
+    Shapes: scores (U, I+1); targets (U,) rows from 1; ``seen``: two arrays (pairs,), the user's index from 0 to U-1 and
+    the item's row -> two (U,) float64. Works where the scores lie; the ranks come back as numpy arrays.
+    """
+    users, width = scores_UI.shape
+    device = scores_UI.device
+    targets = torch.from_numpy(np.asarray(targets_U, dtype=np.int64)).to(device)
+    target_U1 = scores_UI.gather(1, targets[:, None])
+    higher_U = (scores_UI > target_U1)[:, 1:].sum(1, dtype=torch.int32)
+    equal_U = (scores_UI == target_U1)[:, 1:].sum(1, dtype=torch.int32)
+
+    owner, item = (np.asarray(side, dtype=np.int64) for side in seen)
+    pairs = np.unique(owner * width + item)
+    owner, item = np.divmod(pairs, width)
+    others = (item > 0) & (item != np.asarray(targets_U)[owner])
+    flat, owner = torch.from_numpy(pairs[others]).to(device), owner[others]
+    # Reading the few seen cells is much cheaper than masking a copy of the block.
+    seen_scores, their_target = scores_UI.reshape(-1)[flat], target_U1[:, 0][torch.from_numpy(owner).to(device)]
+
+    def count(is_one: Tensor) -> NDArray[np.int64]:
+        return np.bincount(owner[is_one.cpu().numpy()], minlength=users)
+
+    higher, equal = higher_U.cpu().numpy().astype(np.int64), equal_U.cpu().numpy().astype(np.int64)
+    higher_unseen, equal_unseen = higher - count(seen_scores > their_target), equal - count(seen_scores == their_target)
+    is_nan = target_U1[:, 0].isnan().cpu().numpy()
+    last = np.full(users, width - 1)
+    last_unseen = last - np.bincount(owner, minlength=users)
+    # The target equals itself, hence the -1.
+    rank_all = np.where(is_nan, last, 1 + higher + (equal - 1) / 2)
+    rank_unseen = np.where(is_nan, last_unseen, 1 + higher_unseen + (equal_unseen - 1) / 2)
+    return rank_all.astype(np.float64), rank_unseen.astype(np.float64)
+
+
+def metrics(ranks_U: Floats, ks: Sequence[int]) -> dict[str, float]:
+    """Means over users of `hr@k` (rank <= k), `ndcg@k` (1 / log2(1 + rank) where rank <= k, else 0) and `mrr` (1 / rank).
+
+    Needs at least one user. With one relevant item the ideal DCG is 1, so this is NDCG as others define it.
+    """
+    assert len(ranks_U), "a mean over no users"
+    gain_U = 1.0 / np.log2(1.0 + ranks_U)
+    result: dict[str, float] = {}
+    for k in ks:
+        is_hit_U = ranks_U <= k
+        result[f"hr@{k}"] = float(is_hit_U.mean())
+        result[f"ndcg@{k}"] = float(np.where(is_hit_U, gain_U, 0.0).mean())
+    result["mrr"] = float((1.0 / ranks_U).mean())
+    return result
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every user's target, for a recommender and its parts.
+
+    Shapes: ``users`` and ``targets`` are (n,), users ascending and each once; ``all`` and ``unseen`` map the name of a
+    part to its ranks (n,). The first name is the recommender itself.
+    """
+
+    users: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    all: dict[str, Floats]
+    unseen: dict[str, Floats]
+    ks: tuple[int, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """As in `report.json`: {"all": metrics, "unseen": metrics}, and "parts": the same by name where there are parts."""
+        first, *parts = self.all
+        result = self._of(first, slice(None))
+        if parts:
+            result["parts"] = {name: self._of(name, slice(None)) for name in parts}
+        return result
+
+    def groups(self, histories: Histories) -> dict[str, dict[str, dict[str, Any]]]:
+        """The recommender's metrics by how active a user is, and by how popular the target is in training.
+
+        `activity`: `few`, `middle`, `many`: thirds of these users by training events; users with equally many stay
+        together, so thirds may be uneven. `popularity`: `head`, `middle`, `tail`: items in order of training events, each
+        third of which holds a third of all training events; equally popular items stay together, and items that nobody
+        trains on are tail. A group has `users`, `from` and `to` (training events of its users or items, both included), `all`
+        and `unseen`; empty groups are left out.
+        """
+        length_n = np.asarray(histories.training_lengths, dtype=np.int64)[self.users]
+        first, second = np.quantile(length_n, (1 / 3, 2 / 3), method="inverted_cdf")
+        activity_n = (length_n > first).astype(int) + (length_n > second)
+        events_I = training_counts(histories, num_items=max(int(self.targets.max()), int(histories.items.max(initial=0))))
+        popularity_n = _third_by_popularity(events_I)[self.targets]
+        return {
+            "activity": self._by_group(activity_n, ("few", "middle", "many"), length_n),
+            "popularity": self._by_group(popularity_n, ("head", "middle", "tail"), events_I[self.targets]),
+        }
+
+    def _by_group(self, group_n: NDArray[Any], names: Sequence[str], size_n: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
+        part = next(iter(self.all))
+        result = {}
+        for number, name in enumerate(names):
+            chosen = np.flatnonzero(group_n == number)
+            if len(chosen):
+                result[name] = {"users": len(chosen), "from": int(size_n[chosen].min()), "to": int(size_n[chosen].max()), **self._of(part, chosen)}
+        return result
+
+    def _of(self, part: str, chosen: NDArray[np.int64] | slice) -> dict[str, Any]:
+        return {"all": metrics(self.all[part][chosen], self.ks), "unseen": metrics(self.unseen[part][chosen], self.ks)}
+
+
+def evaluate(
+    scorer: Scorer,
+    histories: Histories,
+    split: Split,
+    *,
+    users: NDArray[np.integer[Any]] | None = None,
+    ks: Sequence[int] = (5, 10),
+    block: int = 256,
+) -> Ranks:
+    """Rank the held-out item of every user (or of ``users``) against the whole catalogue, ``block`` users at a time.
+
+    Guarantees:
+      - a user counts once, however often listed, and only if they have the three events that leave-one-out needs;
+      - before a test target the scorer reads everything but the last event, before a validation target the training part;
+      - users of a block have histories of nearly the same length, so that a scorer pads little;
+      - the block size and the order of ``users`` change nothing beyond the scorer's own rounding.
+
+    The scorer runs without gradients. Raises DataError where nobody can be tested.
+    """
+    tested = np.asarray(histories.can_be_tested)
+    chosen = np.flatnonzero(tested) if users is None else np.unique(np.asarray(users, dtype=np.int64))
+    chosen = chosen[tested[chosen]]
+    if not len(chosen):
+        raise DataError(
+            f"{split}: none of {len(tested) if users is None else len(users)} users has the three events that leave-one-out needs; give longer histories"
+        )
+    starts = np.asarray(histories.cuts, dtype=np.int64)[chosen]
+    ends = (np.asarray(histories.cuts, dtype=np.int64)[chosen + 1] - 1) if split == "test" else np.asarray(histories.training_ends, dtype=np.int64)[chosen]
+    targets = np.asarray(histories.items)[ends].astype(np.int64)
+    of_all: dict[str, Floats] = {}
+    of_unseen: dict[str, Floats] = {}
+    order = np.argsort(ends - starts, kind="stable")
+    with torch.no_grad():
+        for at in range(0, len(order), block):
+            here = order[at : at + block]
+            past = [np.asarray(histories.items[starts[user] : ends[user]]) for user in here]
+            seen = (np.repeat(np.arange(len(here)), ends[here] - starts[here]), np.concatenate(past))
+            scored = scorer(past, chosen[here])
+            for name, scores in (scored if isinstance(scored, Mapping) else {"score": scored}).items():
+                for ranks_n, found in zip((of_all, of_unseen), ranks(scores, targets[here], seen), strict=True):
+                    ranks_n.setdefault(name, np.empty(len(chosen)))[here] = found
+    return Ranks(chosen, targets, of_all, of_unseen, tuple(ks))
+
+
+def training_counts(histories: Histories, num_items: int) -> NDArray[np.int64]:
+    """How often each item stands in the training parts. Shape: (I+1,), the padding's count is 0."""
+    ends_of_events = np.repeat(np.asarray(histories.training_ends), np.diff(histories.cuts))
+    items = np.asarray(histories.items)
+    return np.bincount(items[np.arange(len(items)) < ends_of_events], minlength=num_items + 1)
+
+
+def _third_by_popularity(events_I: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0, 1, 2 for each item, by the share of all events that strictly more popular items hold."""
+    counts, inverse, how_many = np.unique(events_I, return_inverse=True, return_counts=True)
+    events = counts * how_many
+    above = events.sum() - np.cumsum(events)
+    third = np.minimum(3 * above // max(int(events.sum()), 1), 2)
+    return np.where(events_I > 0, third[inverse], 2)
