@@ -10,17 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedssl.data.histories import Histories
 from fedssl.errors import DataError
-
-if TYPE_CHECKING:
-    from fedssl.data.histories import Histories
 
 Split = Literal["validation", "test"]
 Floats = NDArray[np.float64]
@@ -121,7 +119,7 @@ class Ranks:
         trains on are tail. A group has `users`, `from` and `to` (training events of its users or items, both included), `all`
         and `unseen`; empty groups are left out.
         """
-        length_n = np.asarray(histories.training_lengths, dtype=np.int64)[self.users]
+        length_n = histories.training_lengths[self.users]
         first, second = np.quantile(length_n, (1 / 3, 2 / 3), method="inverted_cdf")
         activity_n = (length_n > first).astype(int) + (length_n > second)
         events_I = training_counts(histories, num_items=max(int(self.targets.max()), int(histories.items.max(initial=0))))
@@ -163,16 +161,16 @@ def evaluate(
 
     The scorer runs without gradients. Raises DataError where nobody can be tested.
     """
-    tested = np.asarray(histories.can_be_tested)
+    tested = histories.can_be_tested
     chosen = np.flatnonzero(tested) if users is None else np.unique(np.asarray(users, dtype=np.int64))
     chosen = chosen[tested[chosen]]
     if not len(chosen):
         raise DataError(
             f"{split}: none of {len(tested) if users is None else len(users)} users has the three events that leave-one-out needs; give longer histories"
         )
-    starts = np.asarray(histories.cuts, dtype=np.int64)[chosen]
-    ends = (np.asarray(histories.cuts, dtype=np.int64)[chosen + 1] - 1) if split == "test" else np.asarray(histories.training_ends, dtype=np.int64)[chosen]
-    targets = np.asarray(histories.items)[ends].astype(np.int64)
+    starts = histories.cuts[chosen]
+    ends = histories.cuts[chosen + 1] - 1 if split == "test" else histories.training_ends[chosen]
+    targets = histories.items[ends].astype(np.int64)
     of_all: dict[str, Floats] = {}
     of_unseen: dict[str, Floats] = {}
     order = np.argsort(ends - starts, kind="stable")
@@ -190,9 +188,8 @@ def evaluate(
 
 def training_counts(histories: Histories, num_items: int) -> NDArray[np.int64]:
     """How often each item stands in the training parts. Shape: (I+1,), the padding's count is 0."""
-    ends_of_events = np.repeat(np.asarray(histories.training_ends), np.diff(histories.cuts))
-    items = np.asarray(histories.items)
-    return np.bincount(items[np.arange(len(items)) < ends_of_events], minlength=num_items + 1)
+    is_training = np.arange(histories.num_events) < np.repeat(histories.training_ends, histories.lengths)
+    return np.bincount(histories.items[is_training], minlength=num_items + 1)
 
 
 def _third_by_popularity(events_I: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,5 +1,4 @@
 import math
-from dataclasses import dataclass
 
 import ir_measures
 import numpy as np
@@ -9,31 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles.slow_ranking import slow_ndcg, slow_rank
 
+from fedssl.data.histories import Histories
 from fedssl.errors import DataError
 from fedssl.evaluation import evaluate, metrics, ranks, training_counts
 
 NAN, INF = float("nan"), float("inf")
 
 
-@dataclass(frozen=True)
-class Few:
-    """Hand-made histories, of the shape of `fedssl.data.histories.Histories`."""
-
-    items: np.ndarray
-    cuts: np.ndarray
-    training_ends: np.ndarray
-    can_be_tested: np.ndarray
-
-    @property
-    def training_lengths(self):
-        return self.training_ends - self.cuts[:-1]
-
-
-def histories(*rows, tested_from=3):
-    lengths = np.array([len(row) for row in rows])
-    cuts = np.concatenate([[0], np.cumsum(lengths)])
-    tested = lengths >= tested_from
-    return Few(np.concatenate([np.array(row, np.int32) for row in rows]), cuts, np.where(tested, np.maximum(cuts[1:] - 2, cuts[:-1]), cuts[1:]), tested)
+def histories(*rows):
+    cuts = np.concatenate([[0], np.cumsum([len(row) for row in rows])]).astype(np.int64)
+    return Histories(np.concatenate([np.array(row, np.int32) for row in rows]), cuts, None, [f"user {number}" for number in range(len(rows))])
 
 
 def rank_one(scores, target, seen=()):
@@ -160,7 +144,10 @@ def test_a_user_whose_history_is_empty_is_ranked():
         read.extend(len(row) for row in past)
         return by_item_number(past, users)
 
-    found = evaluate(scorer, histories([3], [2, 4], tested_from=1), "test")
+    class OneEventIsEnough(Histories):
+        can_be_tested = np.array([True, True])
+
+    found = evaluate(scorer, OneEventIsEnough(np.array([3, 2, 4], np.int32), np.array([0, 1, 3]), None, ["a", "b"]), "test")
     assert sorted(read) == [0, 1]
     assert (found.all["score"].tolist(), found.unseen["score"].tolist()) == ([3, 2], [3, 2])
 
