@@ -63,15 +63,20 @@ def read_catalogue(path: Path) -> Catalogue:
     titles: dict[str, str] = {}
     attributes: dict[str, Mapping[str, str]] = {}
     try:
-        lines: Sequence[str] = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: it would also cut at U+2028 within a title.
+        lines: Sequence[str] = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as a catalogue ({error})") from None
     for number, line in enumerate(lines):
         try:
             item = json.loads(line)
             row, token = item["row"], item["token"]
+            if type(token) not in (str, type(None)):
+                raise TypeError
         except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}, line {number + 1}: not a JSON object with row and token; write catalogues with `fedssl data describe --catalogue`") from None
+            raise DataError(
+                f"{path}, line {number + 1}: not a JSON object with row and token; write catalogues with `fedssl data describe --catalogue`"
+            ) from None
         if row != number or (row == 0) != (token is None):
             raise DataError(f"{path}, line {number + 1}: row {row} where {number} was wanted; rows count from 0, row 0 is padding")
         if row:

@@ -1,0 +1,123 @@
+"""A data set ready for a run: histories, the catalogue they speak of, where they came from, what the filter dropped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
+from fedssl.config import DataConfig
+from fedssl.data.histories import Histories, make_histories, open_histories, put_histories, read_about, written_beside
+from fedssl.data.interactions import Interactions, k_core
+from fedssl.data.paths import find_path
+from fedssl.data.readers import read_interactions, read_items
+from fedssl.errors import CatalogueMismatch, DataError
+
+DATASET_FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Histories and their catalogue. ``dropped``: users, items and events that the filter took away."""
+
+    histories: Histories
+    catalogue: Catalogue
+    path: str
+    dropped: Mapping[str, int]
+
+
+def load_dataset(config: DataConfig) -> Dataset:
+    """What `[data]` asks for: a file read, filtered and sorted, or a store opened memory-mapped.
+
+    A store is taken as it is; it is refused where it does not keep the promise of ``min_events``. Raises DataError for a path
+    or file that cannot be used and where nobody is left to test, CatalogueMismatch for items that a given catalogue does not list.
+    """
+    path = find_path(config.path)
+    dataset = open_dataset(path) if path.is_dir() else make_dataset(read_interactions(path, config.format), config)
+    if path.is_dir():
+        _check_is_core(dataset, config.min_events)
+        if config.catalogue and _public(config).hash != dataset.catalogue.hash:
+            raise CatalogueMismatch(f"{path}: the store speaks of another catalogue than {config.catalogue}; convert the data again with that catalogue")
+    if config.items:
+        dataset = replace(dataset, catalogue=_describe_items(dataset.catalogue, config.items))
+    if not dataset.histories.can_be_tested.any():
+        raise DataError(
+            f"{path}: none of the {dataset.histories.num_users} users has three events (training, validation, test), so nothing could be measured; "
+            "give longer histories"
+        )
+    return dataset
+
+
+def make_dataset(interactions: Interactions, config: DataConfig) -> Dataset:
+    """Filter, sort and number events that are already in memory. Raises DataError where the filter leaves nothing."""
+    kept = k_core(interactions, config.min_events)
+    if not kept.num_events:
+        raise DataError(
+            f"{config.path or 'the interactions'}: none of the {interactions.num_events} events is left where users and items need "
+            f"[data] min_events = {config.min_events}; lower it"
+        )
+    histories, catalogue = make_histories(kept, _public(config) if config.catalogue else None)
+    dropped = {
+        "users": len(interactions.user_tokens) - len(kept.user_tokens),
+        "items": len(interactions.item_tokens) - len(kept.item_tokens),
+        "events": interactions.num_events - kept.num_events,
+    }
+    return Dataset(histories, catalogue, config.path, dropped)
+
+
+def write_dataset(dataset: Dataset, folder: Path) -> None:
+    """Write a store that `open_dataset` maps: the histories, `catalogue.jsonl`, `dataset.json`. Never half there.
+
+    Raises DataError where ``folder`` already holds something, or cannot be written.
+    """
+    with written_beside(folder) as beside:
+        put_histories(dataset.histories, beside)
+        write_catalogue(dataset.catalogue, beside / "catalogue.jsonl")
+        about = {"format": DATASET_FORMAT, "catalogue": dataset.catalogue.hash, "dropped": dict(dataset.dropped)}
+        (beside / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """A data set memory-mapped from a store. Raises DataError for a folder that is no store, damaged, or of a newer format."""
+    about = read_about(folder, "dataset.json", DATASET_FORMAT)
+    histories = open_histories(folder)
+    catalogue = read_catalogue(folder / "catalogue.jsonl")
+    if catalogue.hash != about.get("catalogue"):
+        raise DataError(f"{folder}/catalogue.jsonl: not the catalogue that was written with the histories; make the store again with `fedssl data convert`")
+    if histories.num_events and not (histories.items.min() >= 1 and histories.items.max() <= catalogue.num_items):
+        raise DataError(f"{folder}: histories name rows outside the catalogue's 1 to {catalogue.num_items}; make the store again with `fedssl data convert`")
+    dropped = about.get("dropped")
+    return Dataset(histories, catalogue, str(folder), dict(dropped) if isinstance(dropped, dict) else {})
+
+
+def _public(config: DataConfig) -> Catalogue:
+    return read_catalogue(find_path(config.catalogue))
+
+
+def _describe_items(catalogue: Catalogue, path: str) -> Catalogue:
+    """The catalogue with titles and attributes of a `.item` file over those it had."""
+    titles, attributes = read_items(find_path(path))
+    if not any(token in catalogue.rows for token in attributes):
+        first_known, first_named = catalogue.tokens[0], next(iter(attributes), "none")
+        raise DataError(f"{path}: names no item of the data; items here are like {first_known!r}, there like {first_named!r}")
+    return replace(
+        catalogue,
+        titles={**catalogue.titles, **{token: title for token, title in titles.items() if token in catalogue.rows}},
+        attributes={**catalogue.attributes, **{token: known for token, known in attributes.items() if token in catalogue.rows}},
+    )
+
+
+def _check_is_core(dataset: Dataset, min_events: int) -> None:
+    histories = dataset.histories
+    fewest_of_user = int(histories.lengths.min(initial=min_events))
+    met = np.bincount(histories.items, minlength=1)
+    fewest_of_item = int(met[met > 0].min(initial=min_events))
+    if min(fewest_of_user, fewest_of_item) < min_events:
+        raise DataError(
+            f"{dataset.path}: the store has users with {fewest_of_user} and items with {fewest_of_item} events, [data] min_events asks for {min_events}; "
+            f"set min_events = {max(1, min(fewest_of_user, fewest_of_item))}, or convert the data again"
+        )

@@ -1,0 +1,273 @@
+"""Histories: every user's items in order of time, end to end, cut at the users; in memory or memory-mapped from a folder.
+
+User numbers and item rows are stable: users stand in the order of their tokens as text, rows from 1 in order of first
+appearance in that order of events. The split is leave-one-out by time: last event test, the one before validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedssl.catalogue import Catalogue
+from fedssl.data.interactions import Interactions
+from fedssl.errors import CatalogueMismatch, DataError
+
+STORE_FORMAT = 1
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "items": np.dtype("<i4"),
+    "cuts": np.dtype("<i8"),
+    "times": np.dtype("<f8"),
+    "names": np.dtype("u1"),
+    "name_cuts": np.dtype("<i8"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """User ``u`` met ``items[cuts[u]:cuts[u + 1]]``, oldest first.
+
+    Shapes: items (events,), catalogue rows from 1; cuts (U + 1,), from 0 to events; times (events,) or None; names (U,), user tokens.
+    """
+
+    items: NDArray[np.int32]
+    cuts: NDArray[np.int64]
+    times: NDArray[np.float64] | None
+    names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        assert len(self.cuts) == len(self.names) + 1
+        assert self.cuts[0] == 0
+        assert self.cuts[-1] == len(self.items)
+        assert self.times is None or len(self.times) == len(self.items)
+
+    @property
+    def num_users(self) -> int:
+        """Users, those without events included."""
+        return len(self.cuts) - 1
+
+    @property
+    def num_events(self) -> int:
+        """Events of all users together."""
+        return len(self.items)
+
+    def of(self, user: int) -> NDArray[np.int32]:
+        """All items of one user, oldest first; a view. Raises IndexError for a number that is no user's."""
+        if not 0 <= user < self.num_users:
+            raise IndexError(f"user {user} of {self.num_users}")
+        return self.items[self.cuts[user] : self.cuts[user + 1]]
+
+    @cached_property
+    def lengths(self) -> NDArray[np.int64]:
+        """Events of each user. Shape: (U,)."""
+        return np.diff(self.cuts)
+
+    @cached_property
+    def can_be_tested(self) -> NDArray[np.bool_]:
+        """Whether a user has the three events that a test, a validation and a training event take. Shape: (U,)."""
+        return self.lengths >= 3
+
+    @cached_property
+    def training_ends(self) -> NDArray[np.int64]:
+        """Where in ``items`` each user's training part ends; validation is at that index, test at the next. Shape: (U,).
+
+        A user with fewer than three events only trains: the end is that of the whole history.
+        """
+        return self.cuts[1:] - 2 * self.can_be_tested
+
+    @cached_property
+    def training_lengths(self) -> NDArray[np.int64]:
+        """Training events of each user. Shape: (U,)."""
+        return self.training_ends - self.cuts[:-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over items and cuts, in hexadecimal: equal fingerprints mean equal histories on every machine."""
+        digest = hashlib.sha256(f"histories {self.num_users} {self.num_events}\n".encode())
+        digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
+        digest.update(np.ascontiguousarray(self.cuts, dtype="<i8").data)
+        return digest.hexdigest()
+
+
+def make_histories(interactions: Interactions, catalogue: Catalogue | None = None) -> tuple[Histories, Catalogue]:
+    """Sort events by user (token as text), time, then file order, and number items by first appearance.
+
+    Guarantees:
+      - events at equal times, or without times, keep the order of the file;
+      - repeated items stay; the order of users in the file changes nothing;
+      - a given ``catalogue`` fixes the rows; else it is made from the items that occur, tokens only.
+
+    Raises CatalogueMismatch, naming one, for items that a given catalogue does not list.
+    """
+    by_text = sorted(range(len(interactions.user_tokens)), key=interactions.user_tokens.__getitem__)
+    number_of_code = np.empty(len(by_text), dtype=np.int64)
+    number_of_code[by_text] = np.arange(len(by_text))
+    users = number_of_code[interactions.users]
+    order = np.argsort(users, kind="stable") if interactions.times is None else np.lexsort((interactions.times, users))
+    codes = interactions.items[order]
+    if catalogue is None:
+        found, first = np.unique(codes, return_index=True)
+        by_appearance = found[np.argsort(first)]
+        catalogue = Catalogue(tuple(interactions.item_tokens[code] for code in by_appearance.tolist()))
+    row_of_code = np.array([catalogue.rows.get(token, 0) for token in interactions.item_tokens], dtype=np.int32)
+    items = row_of_code[codes]
+    if len(items) and items.min() == 0:
+        unknown = np.unique(codes[items == 0])
+        raise CatalogueMismatch(
+            f"item {interactions.item_tokens[unknown[0]]!r} (and {len(unknown) - 1} more) of the histories is not in the catalogue of "
+            f"{catalogue.num_items} items; give a catalogue that lists them, or leave [data] catalogue empty"
+        )
+    histories = Histories(
+        items=items,
+        cuts=np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(by_text)))]).astype(np.int64),
+        times=None if interactions.times is None else interactions.times[order],
+        names=tuple(interactions.user_tokens[code] for code in by_text),
+    )
+    return histories, catalogue
+
+
+def take_users(histories: Histories, users: NDArray[np.int64]) -> Histories:
+    """The histories of ``users`` (U',) alone, in the order asked for and with their names: what one node holds."""
+    lengths = histories.lengths[users]
+    cuts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    events = np.arange(cuts[-1]) + np.repeat(histories.cuts[:-1][users] - cuts[:-1], lengths)
+    return Histories(
+        items=np.asarray(histories.items[events]),
+        cuts=cuts,
+        times=None if histories.times is None else np.asarray(histories.times[events]),
+        names=tuple(histories.names[user] for user in users.tolist()),
+    )
+
+
+def shuffled_in_time(histories: Histories, seed: int) -> Histories:
+    """The same events, each user's in a random order: what is left of a result here did not come from order."""
+    order = np.random.default_rng(seed).random(histories.num_events)
+    owners = np.repeat(np.arange(histories.num_users), histories.lengths)
+    return replace(histories, items=histories.items[np.lexsort((order, owners))])
+
+
+def write_histories(histories: Histories, folder: Path) -> None:
+    """Write a store that `open_histories` maps: .npy columns and `histories.json`. Written beside and renamed, so never half there.
+
+    Raises DataError where ``folder`` already holds something, or cannot be written.
+    """
+    with written_beside(folder) as beside:
+        put_histories(histories, beside)
+
+
+def put_histories(histories: Histories, folder: Path) -> None:
+    """Write the files of a store into a folder that exists, in place."""
+    spelled = [name.encode() for name in histories.names]
+    columns: dict[str, NDArray[Any] | None] = {
+        "items": histories.items,
+        "cuts": histories.cuts,
+        "times": histories.times,
+        "names": np.frombuffer(b"".join(spelled), dtype=np.uint8),
+        "name_cuts": np.cumsum([0, *map(len, spelled)], dtype=np.int64),
+    }
+    for name, column in columns.items():
+        if column is not None:
+            np.save(folder / f"{name}.npy", np.ascontiguousarray(column, dtype=_COLUMNS[name]))
+    about = {"format": STORE_FORMAT, "users": histories.num_users, "events": histories.num_events, "fingerprint": histories.fingerprint}
+    (folder / "histories.json").write_text(json.dumps({**about, "times": histories.times is not None}, indent=2) + "\n", encoding="utf-8")
+
+
+def open_histories(folder: Path, *, verify: bool = True) -> Histories:
+    """Histories memory-mapped from a store: only what is read takes memory.
+
+    ``verify`` reads items and cuts once and holds them against the fingerprint that was written with them. Raises DataError
+    for a folder that is no store, was written by a newer fedssl, is cut short, or holds other bytes than were written.
+    """
+    about = read_about(folder, "histories.json", STORE_FORMAT)
+    names, name_cuts = _map(folder, "names"), _map(folder, "name_cuts")
+    items, cuts = _map(folder, "items"), _map(folder, "cuts")
+    times = _map(folder, "times") if about.get("times") else None
+    _check_cuts(cuts, len(items), folder / "cuts.npy")
+    _check_cuts(name_cuts, len(names), folder / "name_cuts.npy")
+    if len(name_cuts) != len(cuts) or (times is not None and len(times) != len(items)):
+        raise DataError(f"{folder}: columns of different lengths; the store is damaged, make it again with `fedssl data convert`")
+    histories = Histories(items, cuts, times, StoredNames(names, name_cuts))
+    if verify and histories.fingerprint != about.get("fingerprint"):
+        raise DataError(f"{folder}: the bytes are not those that were written (fingerprint differs); make it again with `fedssl data convert`")
+    return histories
+
+
+class StoredNames(Sequence[str]):
+    """User tokens as one block of UTF-8 and its cuts, decoded when asked for: a million names cost no Python strings."""
+
+    def __init__(self, text: NDArray[np.uint8], cuts: NDArray[np.int64]):
+        self._text, self._cuts = text, cuts
+
+    def __len__(self) -> int:
+        return len(self._cuts) - 1
+
+    @overload
+    def __getitem__(self, at: int) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> Sequence[str]: ...
+    def __getitem__(self, at: int | slice) -> str | Sequence[str]:
+        """One name, or a tuple of those in a slice."""
+        if isinstance(at, slice):
+            return tuple(self[user] for user in range(*at.indices(len(self))))
+        user = range(len(self))[at]
+        return self._text[self._cuts[user] : self._cuts[user + 1]].tobytes().decode("utf-8", errors="replace")
+
+
+@contextmanager
+def written_beside(folder: Path) -> Iterator[Path]:
+    """A new folder beside ``folder`` that takes its name when the block ends well, and is removed when it does not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder}: already there and not empty; remove it, or name another folder")
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.replace(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written ({error}); is there room, and may you write there?") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def read_about(folder: Path, name: str, newest: int) -> dict[str, Any]:
+    """The JSON object of a store with its format number checked. Raises DataError for a missing, damaged or newer one."""
+    path = folder / name
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{folder}: no {name}, so this is not a store; make one with `fedssl data convert`") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged ({error}); make the store again with `fedssl data convert`") from None
+    number = about.get("format") if isinstance(about, dict) else None
+    if not isinstance(number, int) or number < 1:
+        raise DataError(f"{path}: no format number; make the store again with `fedssl data convert`")
+    if number > newest:
+        raise DataError(f"{path}: format {number}, this version reads up to {newest}; install the fedssl that wrote it")
+    return dict(about)
+
+
+def _map(folder: Path, name: str) -> NDArray[Any]:
+    path = folder / f"{name}.npy"
+    try:
+        column = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: missing, damaged or cut short ({error}); make the store again with `fedssl data convert`") from None
+    if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype != _COLUMNS[name]:
+        raise DataError(f"{path}: not a column of {_COLUMNS[name]}; make the store again with `fedssl data convert`")
+    return column
+
+
+def _check_cuts(cuts: NDArray[np.int64], end: int, path: Path) -> None:
+    if not (len(cuts) and cuts[0] == 0 and cuts[-1] == end and (np.diff(cuts) >= 0).all()):
+        raise DataError(f"{path}: does not cut {end} entries from the first to the last; the store is damaged, make it again with `fedssl data convert`")

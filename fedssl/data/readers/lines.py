@@ -1,0 +1,70 @@
+"""One line a user: `user item item item ...` in order of time, as S3-Rec and its successors publish. Read and written here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from fedssl.data.interactions import Interactions
+from fedssl.data.readers.inter import has_typed_header
+from fedssl.data.readers.text import first_line, read_blocks
+from fedssl.errors import DataError
+
+
+def read_lines(path: Path) -> Interactions:
+    """Events of a file with one line a user, plain or gzip; spaces or tabs between tokens; no times, the order is the line's.
+
+    Blank lines are passed over. Raises DataError with file, line and reason for a user without items, or listed on two lines.
+    """
+    if has_typed_header(first_line(path)):
+        raise DataError(f"{path}: this is a RecBole atomic file, not one line a user; set format = 'inter'")
+    line_of_user: dict[str, int] = {}
+    item_codes: dict[str, int] = {}
+    lengths: list[int] = []
+    items: list[int] = []
+    for first, lines in read_blocks(path):
+        for number, line in enumerate(lines, start=first):
+            tokens = [token for token in line.replace("\t", " ").split(" ") if token]
+            if not tokens:
+                continue
+            user = tokens[0]
+            if len(tokens) == 1:
+                raise DataError(f"{path}, line {number}: {line.strip()[:60]!r} has no items; wanted `user item item ...`, separated by spaces")
+            if user in line_of_user:
+                raise DataError(
+                    f"{path}, line {number}: user {user[:60]!r} is already on line {line_of_user[user]}; wanted all items of a user on one line "
+                    "(a file with one event a line needs a RecBole header and format = 'inter')"
+                )
+            line_of_user[user] = number
+            lengths.append(len(tokens) - 1)
+            items.extend([item_codes.setdefault(token, len(item_codes)) for token in tokens[1:]])
+    if not items:
+        raise DataError(f"{path}: the file holds blank lines only; wanted `user item item ...`, separated by spaces")
+    return Interactions(
+        users=np.repeat(np.arange(len(lengths)), lengths),
+        items=np.array(items, dtype=np.int64),
+        times=None,
+        user_tokens=tuple(line_of_user),
+        item_tokens=tuple(item_codes),
+    )
+
+
+def write_lines(interactions: Interactions, path: Path) -> None:
+    """Write one line a user, in order of the user codes, each user's events by time, then file order; times are lost.
+
+    Raises DataError for a token with a space, tab or line end, and for a user without events: they cannot stand in this format.
+    """
+    for token in interactions.user_tokens + interactions.item_tokens:
+        if not token or any(mark in token for mark in " \t\r\n"):
+            raise DataError(f"{path}: token {token!r} is empty or holds white space; write a `.inter` file instead")
+    times = np.zeros(interactions.num_events) if interactions.times is None else interactions.times
+    order = np.lexsort((times, interactions.users))
+    lengths = np.bincount(interactions.users, minlength=len(interactions.user_tokens))
+    if interactions.num_events == 0 or lengths.min() == 0:
+        raise DataError(f"{path}: a user without events; filter with `k_core(interactions, 1)` before writing")
+    items = [interactions.item_tokens[code] for code in interactions.items[order].tolist()]
+    cuts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for user, start, end in zip(interactions.user_tokens, cuts, cuts[1:]):
+            file.write(" ".join([user, *items[start:end]]) + "\n")

@@ -1,0 +1,75 @@
+"""Lines of a text file, plain or gzip, in blocks: what every reader stands on. The file's first bytes decide, not its name.
+
+Blocks keep memory at a few megabytes beside the result, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedssl.errors import DataError
+
+BLOCK_BYTES = 1 << 22
+LONGEST_LINE_BYTES = 1 << 26
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+def read_blocks(path: Path) -> Iterator[tuple[int, list[str]]]:
+    r"""Whole lines without their ends, some thousand at a time, each block with the number (from 1) of its first line.
+
+    ``\n`` and ``\r\n`` end a line; a byte order mark is dropped. Raises DataError, and nothing else, for a file that is
+    missing, empty, not UTF-8 or a gzip that is damaged or cut short.
+    """
+    number, rest = 1, b""
+    for block in _read_bytes(path):
+        whole, newline, rest = (rest + block).rpartition(b"\n")
+        if newline:
+            lines = _decode(whole, number, path)
+            yield number, lines
+            number += len(lines)
+        elif len(rest) > LONGEST_LINE_BYTES:
+            raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES >> 20} MiB; is this a text file?")
+    if rest:
+        yield number, _decode(rest, number, path)
+    elif number == 1:
+        raise DataError(f"{path}: the file is empty; wanted one event or one user a line")
+
+
+def first_line(path: Path) -> str:
+    """The first line that is not blank. Raises DataError as `read_blocks` does, and where all lines are blank."""
+    for _, lines in read_blocks(path):
+        for line in lines:
+            if line:
+                return line
+    raise DataError(f"{path}: the file holds blank lines only; wanted one event or one user a line")
+
+
+def _read_bytes(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as plain:
+            is_gzip = plain.read(2) == _GZIP_MAGIC
+            plain.seek(0)
+            with gzip.open(plain) if is_gzip else plain as file:
+                while block := file.read(BLOCK_BYTES):
+                    yield block
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check its spelling") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: a damaged or cut short gzip file ({error}); fetch it again") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a NUL in it
+        raise DataError(f"{path}: cannot be read ({error})") from None
+
+
+def _decode(block: bytes, number: int, path: Path) -> list[str]:
+    try:
+        text = block.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = number + block.count(b"\n", 0, error.start)
+        raise DataError(f"{path}, line {bad}: byte 0x{block[error.start]:02x} is not UTF-8; convert the file, as with `iconv -f latin1 -t utf-8`") from None
+    if number == 1:
+        text = text.removeprefix("\ufeff")
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
