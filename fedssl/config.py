@@ -55,7 +55,9 @@ class TaskConfig(Settings):
 
     name: str = Field(description="A task that ships (next-item, contrastive), or package.module:name")
     weight: float = Field(1.0, ge=0.0, description="Factor of this task's loss in the sum; 0: not computed")
-    negatives: int = Field(0, ge=0, description="next-item: negatives drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories")
+    negatives: int = Field(
+        0, ge=0, description="next-item: negatives drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories"
+    )
     temperature: float = Field(0.5, gt=0.0, description="contrastive: divisor of cosine similarities")
     keep: float = Field(0.6, gt=0.0, le=1.0, description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place")
 
@@ -67,11 +69,15 @@ class CountsConfig(Settings):
     decay: float = Field(0.5, gt=0.0, le=1.0, description="A pair k events apart weighs decay^(k-1)")
     context: int = Field(3, ge=1, description="How many of the newest events are read when scoring")
     context_decay: float = Field(0.5, gt=0.0, le=1.0, description="The j-th newest event weighs context_decay^(j-1)")
-    form: Literal["log1p", "log-lift"] = Field("log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed by scale")
+    form: Literal["log1p", "log-lift"] = Field(
+        "log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed by scale"
+    )
     scale: float = Field(10.0, gt=0.0, description="log1p: factor inside the logarithm; log-lift: pseudo-counts")
     strength: float = Field(1.0, ge=0.0, description="Factor of the counts' score beside the encoder's; 0: encoder alone")
     top: int = Field(0, ge=0, description="Cells kept of each row, largest first; 0: all")
-    clip_norm: float | None = Field(None, gt=0.0, description="L2 norm, over all cells, to which every user's counts are shortened; None: raw counts (refused under a plan)")
+    clip_norm: float | None = Field(
+        None, gt=0.0, description="L2 norm, over all cells, to which every user's counts are shortened; None: raw counts (refused under a plan)"
+    )
     share: float = Field(0.85, gt=0.0, lt=1.0, description="Share of the privacy budget (of 1/z^2) that the counts take under a plan with a target epsilon")
 
 
@@ -97,7 +103,9 @@ class ServerConfig(Settings):
 
     rounds: int = Field(100, ge=1, description="Training rounds")
     cohort: float = Field(64, gt=0, description="Expected users a round")
-    sampling: Literal["passes", "poisson"] = Field("passes", description="passes: each user once a pass, in shuffled order (refused under a plan); poisson: a coin a user")
+    sampling: Literal["passes", "poisson"] = Field(
+        "passes", description="passes: each user once a pass, in shuffled order (refused under a plan); poisson: a coin a user"
+    )
     weighting: Literal["equal", "positions"] = Field("equal", description="equal: users weigh alike; positions: by trained positions (refused under a plan)")
     optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam), or package.module:name")
     lr: float = Field(0.003, gt=0.0, description="Server step size at the top of the schedule")

@@ -1,1 +1,24 @@
 """Sequence encoders, one a file, written with the operations of the users axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedssl.weights import Weights
+
+
+class Encoder(NamedTuple):
+    """A pair of pure functions, and how many dropout masks one call takes.
+
+    ``init(rng)`` gives the weights, without a users axis. ``encode(weights, rows_UBLD, is_padding_UBL, masks)`` gives
+    hidden_UBLD; there every weight leads with U. ``masks`` are ``dropout_sites`` tensors (U, B, L, D), already scaled, or
+    empty. More padding on the left must change nothing.
+    """
+
+    init: Callable[[torch.Generator], Weights]
+    encode: Callable[[Weights, Tensor, Tensor, Sequence[Tensor]], Tensor]
+    dropout_sites: int

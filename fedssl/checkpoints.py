@@ -1,0 +1,142 @@
+"""Checkpoints: all that a resume, an evaluation or a recommendation needs, in a folder that is whole or not there.
+
+Written beside, synced and renamed. No pickle: safetensors for arrays, JSON for the rest; chance is keyed, so there are no
+random states, and never a key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
+from fedssl.counts import Counts
+from fedssl.errors import CatalogueMismatch, CheckpointError, FedSSLError
+from fedssl.parts import make_parts
+from fedssl.recipe import Recipe, read_recipe
+from fedssl.server_round import State
+from fedssl.weights import flatten, from_numpy, to_numpy
+
+CHECKPOINT_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint folder holds. ``fingerprint``: of the histories that were trained on."""
+
+    state: State
+    recipe: Recipe
+    catalogue: Catalogue
+    run: str
+    fingerprint: str
+
+
+def name_of(state: State) -> str:
+    """The folder's name. Phases before training sort first."""
+    return f"round-{state.round if state.phase == 'training' else 0:06d}"
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
+    """Write a checkpoint into ``folder`` (a run's `checkpoints`), then remove all but the newest ``keep``.
+
+    Guarantee: killed at any moment, the folder has the old checkpoints whole, or the new one too, never half of one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state, recipe = checkpoint.state, checkpoint.recipe
+    target = folder / name_of(state)
+    if target.exists():
+        # Whole, by the guarantee, and of the same round: what would be written is what is there.
+        return target
+    beside = folder / f".{target.name}.new"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    save_file(to_numpy(state.weights(recipe)), beside / "weights.safetensors")
+    save_file(to_numpy(state.memory), beside / "optimizer.safetensors")
+    if state.counts is not None:
+        save_file({"starts": state.counts.starts, "columns": state.counts.columns, "values": state.counts.values}, beside / "counts.safetensors")
+    (beside / "recipe.json").write_text(recipe.canonical)
+    write_catalogue(checkpoint.catalogue, beside / "catalogue.jsonl")
+    about = {
+        "format": CHECKPOINT_FORMAT,
+        "phase": state.phase,
+        "round": state.round,
+        "charged": dict(state.charged),
+        "counts": state.counts is not None,
+        "run": checkpoint.run,
+        "fingerprint": checkpoint.fingerprint,
+    }
+    (beside / "state.json").write_text(json.dumps(about, indent=1))
+    for path in [*beside.iterdir(), beside]:
+        _sync(path)
+    os.rename(beside, target)
+    _sync(folder)
+    for old in list_checkpoints(folder)[:-keep]:
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(path for path in folder.glob("round-*") if path.is_dir())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint, checked against its own recipe and catalogue.
+
+    Raises CheckpointError where it is missing, cut short or of a newer format; CatalogueMismatch where its parts speak of
+    different catalogues.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint; name a folder like RUN/checkpoints/round-000120")
+    try:
+        about: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        number = about["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: state.json cannot be read ({error}); this is not a whole checkpoint, use another one") from None
+    if number != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"{folder}: checkpoint format {number}, this version reads {CHECKPOINT_FORMAT}; install the fedssl that wrote it")
+    try:
+        recipe = read_recipe((folder / "recipe.json").read_text(), where=str(folder / "recipe.json"))
+        catalogue = read_catalogue(folder / "catalogue.jsonl")
+        weights = load_file(folder / "weights.safetensors")
+        memory = load_file(folder / "optimizer.safetensors")
+        counts = Counts(**load_file(folder / "counts.safetensors")) if about["counts"] else None
+        phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
+        run, fingerprint = str(about["run"]), str(about["fingerprint"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: cannot be read whole ({error}); it was cut short or changed, use another checkpoint") from None
+    except FedSSLError as error:
+        raise CheckpointError(f"{folder}: {error}") from None
+    if catalogue.hash != recipe.catalogue or catalogue.num_items != recipe.num_items:
+        raise CatalogueMismatch(f"{folder}: catalogue.jsonl is not the one its recipe was made for; a file was replaced, use another checkpoint")
+    layout = make_parts(recipe).layout
+    _check_shapes(folder / "weights.safetensors", weights, dict(zip(layout.names, layout.shapes, strict=True)))
+    expected = make_parts(recipe).optimizer.init(layout.num_weights)
+    _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
+    state = State(phase, round_, flatten(from_numpy(weights), layout), from_numpy(memory), counts, charged)
+    return Checkpoint(state, recipe, catalogue, run, fingerprint)
+
+
+def _check_shapes(path: Path, found: dict[str, NDArray[Any]], wanted: dict[str, tuple[int, ...]]) -> None:
+    shapes = {name: array.shape for name, array in found.items()}
+    if shapes != wanted or any(array.dtype != np.float32 for array in found.values()):
+        odd = next((name for name in sorted({*shapes, *wanted}) if shapes.get(name) != wanted.get(name)), "dtype")
+        raise CheckpointError(f"{path}: '{odd}' is {shapes.get(odd)}, the recipe wants {wanted.get(odd)}; use another checkpoint")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

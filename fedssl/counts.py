@@ -1,0 +1,150 @@
+"""Item-to-item counts: how often one item follows another, summed over users once, and what they say of a history.
+
+A user's pairs are coalesced before they are clipped: a pair that occurs twice is one cell, or the norm would be wrong.
+Sparse sums are for a trusted server only: which cells are filled IS the history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedssl.config import CountsConfig
+from fedssl.data.windows import Events
+from fedssl.privacy.grid import CLIP_MARGIN, LARGEST_COORDINATE
+from fedssl.records import SparseSum
+
+USERS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class Counts:
+    """A matrix (I + 1, I + 1) of counts in CSR: row = earlier item, column = later item; row 0 and column 0 are empty.
+
+    Shapes: starts (I + 2,), columns (cells,), values (cells,) > 0.
+    """
+
+    starts: NDArray[np.int64]
+    columns: NDArray[np.int32]
+    values: NDArray[np.float32]
+
+    @property
+    def num_items(self) -> int:
+        """Items, without the padding row."""
+        return len(self.starts) - 2
+
+
+def sum_transitions(events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float) -> tuple[SparseSum, NDArray[np.bool_]]:
+    """The summed counts of the users at ``places_U``, in whole steps, and which of them were broken (counted as zero).
+
+    Guarantees:
+      - only training events are read; each user's coalesced counts are shortened to ``config.clip_norm`` (None: raw);
+      - whole numbers add exactly, so the split into nodes changes nothing.
+    """
+    stride = num_items + 1
+    keys, values, broken = [], [], []
+    for first in range(0, len(places_U), USERS_AT_ONCE):
+        key, value, is_broken = _transitions(events, places_U[first : first + USERS_AT_ONCE], config, stride, step)
+        keys.append(key)
+        values.append(value)
+        broken.append(is_broken)
+    key, inverse = np.unique(np.concatenate(keys or [np.zeros(0, np.int64)]), return_inverse=True)
+    total = np.zeros(len(key), dtype=np.int64)
+    np.add.at(total, inverse, np.concatenate(values or [np.zeros(0, np.int64)]))
+    rows, columns = np.divmod(key, stride)
+    sparse = SparseSum(rows.astype(np.int32), columns.astype(np.int32), total, (stride, stride))
+    return sparse, np.concatenate(broken or [np.zeros(0, bool)])
+
+
+def _transitions(
+    events: Events, places_U: NDArray[np.int64], config: CountsConfig, stride: int, step: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Cells of some users: keys row * stride + column (cells,), whole steps (cells,), broken (U,)."""
+    start_U, size_U = events.cuts[places_U], events.training_ends[places_U] - events.cuts[places_U]
+    user_E = np.repeat(np.arange(len(places_U)), size_U)
+    first_E = np.repeat(np.cumsum(size_U) - size_U, size_U)
+    item_E = events.items[np.repeat(start_U, size_U) + np.arange(len(user_E)) - first_E].astype(np.int64)
+    users, pairs, weights = [], [], []
+    for lag in range(1, config.lags + 1):
+        if lag >= len(item_E):
+            break
+        is_pair = user_E[lag:] == user_E[:-lag]
+        users.append(user_E[lag:][is_pair])
+        pairs.append(item_E[:-lag][is_pair] * stride + item_E[lag:][is_pair])
+        weights.append(np.full(len(users[-1]), config.decay ** (lag - 1)))
+    if not users:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(len(places_U), bool)
+    user, pair, weight = np.concatenate(users), np.concatenate(pairs), np.concatenate(weights)
+    # Coalesce: one cell a user and pair.
+    order = np.lexsort((pair, user))
+    user, pair, weight = user[order], pair[order], weight[order]
+    is_first = np.ones(len(user), dtype=bool)
+    is_first[1:] = (user[1:] != user[:-1]) | (pair[1:] != pair[:-1])
+    cell = np.cumsum(is_first) - 1
+    total = np.bincount(cell, weight)
+    user, pair = user[is_first], pair[is_first]
+    norm_U = np.sqrt(np.bincount(user, total**2, minlength=len(places_U)))
+    if config.clip_norm is None:
+        scale_U = np.full(len(places_U), 1 / step)
+        largest = np.zeros(len(places_U))
+        np.maximum.at(largest, user, total)
+        is_broken = largest >= step * LARGEST_COORDINATE
+    else:
+        with np.errstate(divide="ignore"):
+            scale_U = np.minimum(config.clip_norm * (1 - CLIP_MARGIN) / norm_U, 1.0) / step
+        is_broken = np.zeros(len(places_U), dtype=bool)
+    is_kept = ~is_broken[user]
+    return pair[is_kept], np.trunc(total * scale_U[user])[is_kept].astype(np.int64), is_broken
+
+
+def keep_top(counts: Counts, top: int) -> Counts:
+    """The ``top`` largest cells of each row (0: all); of equal ones the smaller column stays."""
+    if top == 0:
+        return counts
+    row = np.repeat(np.arange(counts.num_items + 1), np.diff(counts.starts))
+    order = np.lexsort((counts.columns, -counts.values, row))
+    rank = np.arange(len(row)) - counts.starts[row]
+    kept = np.sort(order[rank < top])
+    return from_cells(row[kept], counts.columns[kept], counts.values[kept], num_items=counts.num_items)
+
+
+def from_cells(rows: NDArray[np.integer], columns: NDArray[np.integer], values: NDArray[np.floating], *, num_items: int) -> Counts:
+    """Counts from cells sorted by row and column."""
+    starts = np.zeros(num_items + 2, dtype=np.int64)
+    np.cumsum(np.bincount(rows, minlength=num_items + 1), out=starts[1:])
+    return Counts(starts, columns.astype(np.int32), values.astype(np.float32))
+
+
+class CountsScorer:
+    """Scores of all items after a history, from counts.
+
+    log1p: ``log(1 + scale * c)`` with ``c`` the decayed sum of the newest events' rows (`tasks.md`). log-lift: the decayed sum
+    of ``log(1 + count / (scale * share of the column))``, plus the log of the share: the log of observed over expected.
+    """
+
+    def __init__(self, counts: Counts, config: CountsConfig):
+        self._counts, self._config = counts, config
+        mass = np.bincount(counts.columns, counts.values, minlength=counts.num_items + 1) + 1e-3
+        share = (mass / mass[1:].sum()).astype(np.float32)
+        self._prior = np.log(share)
+        self._cells = np.log1p(counts.values / (config.scale * share[counts.columns])) if config.form == "log-lift" else counts.values
+
+    def __call__(self, histories: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:
+        """Scores (n, I + 1) after each history (oldest first); column 0 means nothing."""
+        n, width = len(histories), self._counts.num_items + 1
+        config = self._config
+        newest = [np.asarray(history[::-1][: config.context], dtype=np.int64) for history in histories]
+        item = np.concatenate(newest) if n else np.zeros(0, np.int64)
+        owner = np.repeat(np.arange(n), [len(rows) for rows in newest])
+        weight = np.concatenate([config.context_decay ** np.arange(len(rows)) for rows in newest]) if n else np.zeros(0)
+        start, stop = self._counts.starts[item], self._counts.starts[item + 1]
+        size = stop - start
+        cell = np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
+        place = np.repeat(owner * width, size) + self._counts.columns[cell]
+        total = np.bincount(place, self._cells[cell] * np.repeat(weight, size), minlength=n * width).reshape(n, width).astype(np.float32)
+        if config.form == "log-lift":
+            return total + self._prior
+        return np.log1p(config.scale * total, out=total)

@@ -1,0 +1,155 @@
+"""The closed manifest: which named sums may leave a node in a phase, of what shape, how large. Everything else is refused.
+
+The node checks before it sends, the server before it adds: the same function. Whole numbers only, so an upload has no nan
+to hide in; norms are checked exactly, on the integers. Under a plan no loss, weight or count of anything leaves beside
+the sums that the plan accounts for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedssl.errors import ConfigError, UploadRefused
+from fedssl.privacy.grid import LARGEST_COORDINATE, grid_step
+from fedssl.recipe import Recipe
+from fedssl.records import SparseSum
+
+WEIGHT_STEP = 2.0**-16
+LOSS_STEP = 2.0**-16
+COUNTS_STEP = 2.0**-16
+"""Raw counts: a cell of one user may hold 256 pairs, and decays keep 16 binary digits."""
+
+
+@dataclass(frozen=True)
+class DeclaredSum:
+    """One sum that may leave. ``smallest`` and ``largest`` are what one user may add to a coordinate, in steps.
+
+    ``clip_norm``: largest L2 norm of one user's part, in units of the values; None: not bounded beyond its coordinates.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layout: Literal["dense", "sparse"]
+    dtype: Literal["int"]
+    clip_norm: float | None
+    step: float
+    smallest: int = -LARGEST_COORDINATE
+    largest: int = LARGEST_COORDINATE
+
+
+def declared_sums(recipe: Recipe, phase: str, num_weights: int) -> dict[str, DeclaredSum]:
+    """All that may leave a node in ``phase`` under ``recipe``; ``num_weights``: coordinates of the shared weights, flat.
+
+    - counts: "counts", sparse, (I + 1, I + 1).
+    - training: "update", (num_weights,); only without a plan also "weight" and "loss", (1,) each: sums of the users'
+      weights, each in [0, 1], and of their losses.
+    Steps follow the clip; without one, those of updates follow ``local.grid_step``.
+
+    Raises ConfigError for a phase that the recipe does not have.
+    """
+    if phase == "counts" and recipe.counts is not None:
+        clip_norm, side = recipe.counts.clip_norm, recipe.num_items + 1
+        step = COUNTS_STEP if clip_norm is None else grid_step(clip_norm)
+        return {"counts": DeclaredSum("counts", (side, side), "sparse", "int", clip_norm, step, smallest=0)}
+    if phase == "training":
+        clip_norm = recipe.privacy.clip_norm
+        step = recipe.local.grid_step if clip_norm is None else grid_step(clip_norm)
+        sums = [DeclaredSum("update", (num_weights,), "dense", "int", clip_norm, step)]
+        if not recipe.privacy.has_plan:
+            sums.append(DeclaredSum("weight", (1,), "dense", "int", None, WEIGHT_STEP, smallest=0, largest=round(1 / WEIGHT_STEP)))
+            sums.append(DeclaredSum("loss", (1,), "dense", "int", None, LOSS_STEP))
+        return {one.name: one for one in sums}
+    known = "counts, training" if recipe.counts is not None else "training"
+    raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")
+
+
+def check_manifest(sums: Mapping[str, Any], declared: Mapping[str, DeclaredSum], *, most_users: int) -> None:
+    """Refuse sums that are not exactly the declared ones, or larger than ``most_users`` honest users can be.
+
+    Guarantees for what passes:
+      - the names are those declared, none missing, none more; layout and shape too; values are int32 or int64;
+      - every coordinate lies within most_users * [smallest, largest];
+      - under a clip the L2 norm is at most most_users * clip_norm, exactly;
+      - a sparse sum lists cells of its matrix, sorted, each once (a cell listed twice would hide its norm).
+
+    Raises UploadRefused naming the sum.
+    """
+    if most_users < 1:
+        raise UploadRefused(f"sums of {most_users} users; nobody was asked, so nothing may come")
+    for name in sums:
+        if name not in declared:
+            raise UploadRefused(f"sum {name!r} is not declared; only {', '.join(declared)} may leave in this phase")
+    for name, one in declared.items():
+        if name not in sums:
+            raise UploadRefused(f"sum {name!r} is missing; wanted exactly {', '.join(declared)}")
+        _check_size(_values(sums[name], one), one, most_users)
+
+
+def squared_norm(values: NDArray[Any]) -> int:
+    """The sum of squares of whole numbers, exactly, however large: 16 bits at a time in 64-bit integers."""
+    magnitude = np.abs(values.astype(np.int64).ravel()).view(np.uint64)  # The absolute value of the least int64 fits only here.
+    limbs = []
+    while magnitude.any():
+        limbs.append((magnitude & np.uint64(0xFFFF)).astype(np.int64))
+        magnitude = magnitude >> np.uint64(16)
+    return sum(int(a @ b) << 16 * (i + j) for i, a in enumerate(limbs) for j, b in enumerate(limbs))
+
+
+def _values(found: Any, one: DeclaredSum) -> NDArray[Any]:
+    """The whole numbers of a sum, once its layout, type and shape are as declared."""
+    if one.layout == "sparse":
+        if not isinstance(found, SparseSum):
+            raise UploadRefused(f"sum {one.name!r} came as {type(found).__name__}, wanted a sparse sum")
+        _check_cells(found, one)
+        return found.values
+    if not isinstance(found, np.ndarray):
+        raise UploadRefused(f"sum {one.name!r} came as {type(found).__name__}, wanted a dense array")
+    _check_type(found, one.name)
+    if found.shape != one.shape:
+        raise UploadRefused(f"sum {one.name!r} has shape {found.shape}, wanted {one.shape}; do both sides hold the same recipe and catalogue?")
+    return found
+
+
+def _check_type(found: Any, name: str) -> None:
+    if not isinstance(found, np.ndarray) or found.dtype not in (np.dtype(np.int32), np.dtype(np.int64)):
+        came = found.dtype if isinstance(found, np.ndarray) else type(found).__name__
+        raise UploadRefused(f"sum {name!r} holds {came}, wanted int32 or int64 steps; floats are refused: they may be nan or infinite, and do not add exactly")
+
+
+def _check_cells(found: SparseSum, one: DeclaredSum) -> None:
+    for part, array in (("rows", found.rows), ("columns", found.columns), ("values", found.values)):
+        _check_type(array, f"{one.name}.{part}")
+        if array.ndim != 1 or len(array) != len(found.values):
+            raise UploadRefused(f"sum {one.name!r}: {part} have shape {array.shape}, wanted one number a cell, {len(found.values)} of them")
+    if tuple(found.shape) != one.shape:
+        raise UploadRefused(f"sum {one.name!r} has shape {tuple(found.shape)}, wanted {one.shape}; do both sides hold the same catalogue?")
+    if not len(found.values):
+        return
+    if found.rows.min() < 0 or found.rows.max() >= one.shape[0] or found.columns.min() < 0 or found.columns.max() >= one.shape[1]:
+        raise UploadRefused(f"sum {one.name!r} has cells outside its shape {one.shape}")
+    place = found.rows.astype(np.int64) * one.shape[1] + found.columns
+    if (np.diff(place) <= 0).any():
+        raise UploadRefused(f"sum {one.name!r}: cells are not sorted by (row, column), each once")
+
+
+def _check_size(values: NDArray[Any], one: DeclaredSum, most_users: int) -> None:
+    if not values.size:
+        return
+    # Least and largest, not abs: the absolute value of the least int64 is itself.
+    low, high = int(values.min()), int(values.max())
+    if low < most_users * one.smallest or high > most_users * one.largest:
+        wanted = f"{most_users * one.smallest} to {most_users * one.largest}"
+        raise UploadRefused(f"sum {one.name!r} has coordinates from {low} to {high} steps; {most_users} user(s) make at most {wanted}")
+    if one.clip_norm is None:
+        return
+    squared = squared_norm(values)
+    if squared > (most_users * Fraction(one.clip_norm) / Fraction(one.step)) ** 2:
+        norm = math.sqrt(squared) * one.step
+        raise UploadRefused(f"sum {one.name!r} has L2 norm {norm:.6g}; at most {most_users * one.clip_norm:g} come from {most_users} user(s)")

@@ -1,0 +1,206 @@
+"""The plan: one object that owns clip, noise, sampling and epsilon of every sum that leaves, so they cannot disagree.
+
+Unit: the user, all that is on one device. Neighbours: one user more or less. Trust: the server sees each node's clipped
+sum; whoever sees the models sees only noised ones. Every exchange of a phase draws its cohort anew with a secret coin a
+user; its sums are one Gaussian with 1/z^2 = sum of 1/z_i^2; phases compose.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+from fedssl.config import CountsConfig, PrivacyConfig, ServerConfig
+from fedssl.errors import BudgetSpent, ConfigError
+from fedssl.privacy import accounting
+from fedssl.privacy.grid import grid_step
+
+
+@dataclass(frozen=True)
+class SumPlan:
+    """One named sum of an upload. ``noise_multiplier``: deviation of the noise on the cohort's sum, over ``clip_norm``."""
+
+    name: str
+    clip_norm: float | None
+    step: float
+    noise_multiplier: float
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """Rounds alike: ``rate`` is every user's chance to take part in one. ``expected_cohort`` = rate * users, the fixed denominator."""
+
+    phase: str
+    rounds: int
+    rate: float
+    expected_cohort: float
+    sums: tuple[SumPlan, ...]
+
+    @property
+    def noise_multiplier(self) -> float:
+        """That of all its sums together, as one Gaussian."""
+        return accounting.combined_noise([one.noise_multiplier for one in self.sums])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run promises each user, and all it takes to keep it. ``target``: the epsilon that the noise was solved for; None: noise was given."""
+
+    phases: tuple[PhasePlan, ...]
+    delta: float
+    num_users: int
+    target: float | None = None
+    unit: str = "user"
+    neighbours: str = "add/remove one user"
+    trust: str = "central"
+    accountant: str = "PLD (dp-accounting)"
+
+    def phase(self, name: str) -> PhasePlan:
+        """The phase of that name. Raises ConfigError when the plan has none."""
+        for phase in self.phases:
+            if phase.phase == name:
+                return phase
+        known = ", ".join(phase.phase for phase in self.phases)
+        raise ConfigError(f"the privacy plan has no phase {name!r}, only {known}; nothing may leave in a phase that is not accounted for")
+
+    def sum(self, phase: str, name: str) -> SumPlan:
+        """The sum of that name. Raises ConfigError when the phase has none."""
+        for one in self.phase(phase).sums:
+            if one.name == name:
+                return one
+        raise ConfigError(f"the privacy plan has no sum {name!r} in phase {phase!r}; nothing may leave that is not accounted for")
+
+    def epsilon(self, charged: Mapping[str, int]) -> float:
+        """Epsilon at ``delta`` of so many charged attempts a phase. A phase that is not named was not charged."""
+        return accounting.epsilon([(phase.rate, phase.noise_multiplier, count) for phase, count in self._events(charged)], self.delta)
+
+    @cached_property
+    def promised(self) -> float:
+        """The target, or else epsilon of the planned rounds."""
+        return self.target if self.target is not None else self.epsilon({phase.phase: phase.rounds for phase in self.phases})
+
+    def check_affordable(self, charged: Mapping[str, int], phase: str, round_number: int) -> None:
+        """Raises BudgetSpent when one more attempt of ``phase`` would exceed the promise: ask before charging it."""
+        after = {**charged, self.phase(phase).phase: charged.get(phase, 0) + 1}
+        if all(count <= planned.rounds for planned, count in self._events(after)):
+            return  # Part of what was promised.
+        spent = self.epsilon(after)
+        if spent > self.promised:
+            raise BudgetSpent(spent=spent, promised=self.promised, round_number=round_number)
+
+    def noise_std_in_steps(self, phase: str, name: str) -> float:
+        """Deviation of the noise on the cohort's sum of that name, in steps of its grid: z * C / step."""
+        one = self.sum(phase, name)
+        assert one.clip_norm is not None
+        return one.noise_multiplier * one.clip_norm / one.step
+
+    def expected_cohort(self, phase: str) -> float:
+        """What a mean divides by, whoever came: the actual size of the cohort is private."""
+        return self.phase(phase).expected_cohort
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the whole plan: a run's ledger is bound to it, so that noise and rates never change under the same charges."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def statement(self) -> dict[str, Any]:
+        """The promise as plain values, for a report: JSON in public."""
+        return {
+            "unit": self.unit,
+            "neighbours": self.neighbours,
+            "trust": self.trust,
+            "sampling": {phase.phase: f"Poisson, rate {phase.rate:.6g}, from a secret cohort key" if phase.rate < 1 else "every user" for phase in self.phases},
+            "accountant": self.accountant,
+            "delta": self.delta,
+            "epsilon": self.promised,
+            "rounds": {phase.phase: phase.rounds for phase in self.phases},
+            "noise_multiplier": {one.name: one.noise_multiplier for phase in self.phases for one in phase.sums},
+            "clip_norm": {one.name: one.clip_norm for phase in self.phases for one in phase.sums},
+            "caveats": self._caveats(),
+        }
+
+    def statement_text(self) -> str:
+        """The promise in plain words, one sentence a line."""
+        sums = [
+            f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {'every user' if phase.rate == 1 else f'each user with chance {phase.rate:.4g}'}; "
+            f"{one.name} clipped to {one.clip_norm:g}, noise {one.noise_multiplier:.4g} times that on the sum"
+            for phase in self.phases
+            for one in phase.sums
+        ]
+        terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
+        promise = (
+            f"Whatever a user did, the released models are nearly as likely as if that user had never taken part: "
+            f"epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
+        )
+        return "\n".join([promise, *sums, *self._caveats()])
+
+    def _events(self, charged: Mapping[str, int]) -> list[tuple[PhasePlan, int]]:
+        for name in charged:
+            self.phase(name)  # A charge that the plan does not know would be forgotten.
+        return [(phase, charged.get(phase.phase, 0)) for phase in self.phases]
+
+    def _caveats(self) -> list[str]:
+        caveats = ["The server is trusted: it sees each node's clipped sums before noise is added."]
+        if any(phase.rate < 1 for phase in self.phases):
+            caveats.append("Amplification by sampling holds against whoever sees the models, not against the server or the network, which see who takes part.")
+        caveats.append("A catalogue and a k-core filter made from private data are outside epsilon; give a public catalogue to cover them.")
+        caveats.append("Hyper-parameters chosen by looking at private data are outside epsilon; take them from a preset.")
+        if self.delta * self.num_users >= 1:
+            caveats.append(f"delta {self.delta:g} is not below 1 / users ({1 / self.num_users:.2g}): it allows a mechanism that gives one user away entirely.")
+        return caveats
+
+
+def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int) -> Plan | None:
+    """The plan that these settings make over ``num_users`` users; None when they ask for none.
+
+    A target epsilon is solved for noise: the counts get ``counts.share`` of it (their 1/z^2 is that share of the one
+    Gaussian's that spends the whole target), the training all that is then left, and the whole composes to at most the
+    target.
+
+    Raises ConfigError for settings that no plan can keep: a cohort larger than the users, passes, unequal weights, a
+    sum without clip or noise.
+    """
+    if not privacy.has_plan:
+        return None
+    if num_users < 1:
+        raise ConfigError("a privacy plan needs users; the data set has none")
+    if server.sampling != "poisson":
+        raise ConfigError(f"[server] sampling = {server.sampling!r} has no secret coins to account; under a plan set sampling = 'poisson'")
+    if server.weighting != "equal":
+        raise ConfigError(f"[server] weighting = {server.weighting!r} lets a user weigh more than the clip; under a plan set weighting = 'equal'")
+    rate = server.cohort / num_users
+    if rate > 1:
+        raise ConfigError(f"[server] cohort = {server.cohort:g} is more than the {num_users} users there are; under a plan set it to at most {num_users}")
+    if privacy.clip_norm is None:
+        raise ConfigError("[privacy] has no clip_norm; noise without a clip promises nothing")
+    if counts is not None and counts.clip_norm is None:
+        raise ConfigError("[counts] has no clip_norm; under a plan every sum needs one")
+
+    noise, counts_noise = _noise(privacy, server, counts, rate)
+    phases = []
+    if counts is not None:
+        phases.append(_phase("counts", 1, 1.0, float(num_users), "counts", counts.clip_norm, counts_noise))
+    phases.append(_phase("training", server.rounds, rate, float(server.cohort), "update", privacy.clip_norm, noise))
+    return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon)
+
+
+def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, rate: float) -> tuple[float, float]:
+    """Noise multipliers of the training and of the counts, as given or as solved for."""
+    if privacy.epsilon is None:
+        if counts is not None and privacy.counts_noise_multiplier == 0:
+            raise ConfigError("[privacy] counts_noise_multiplier is 0 while [counts] is on; set it, or give a target epsilon")
+        return privacy.noise_multiplier, privacy.counts_noise_multiplier
+    if counts is None:
+        return accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds), 0.0
+    whole = accounting.solve_noise(privacy.epsilon, privacy.delta, 1.0, 1)
+    counts_noise = float(whole / counts.share**0.5)
+    return accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds, ((1.0, counts_noise, 1),)), counts_noise
+
+
+def _phase(phase: str, rounds: int, rate: float, expected: float, name: str, clip_norm: float | None, noise: float) -> PhasePlan:
+    assert clip_norm is not None
+    return PhasePlan(phase, rounds, rate, expected, (SumPlan(name, clip_norm, grid_step(clip_norm), noise),))

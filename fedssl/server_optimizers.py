@@ -1,0 +1,66 @@
+"""How the server turns a round's mean update into new weights: pairs of pure functions on flat vectors.
+
+Source: Reddi et al. 2021, https://arxiv.org/abs/2003.00295. The mean update points downhill already, so it is added.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedssl.config import ServerConfig
+
+Memory = dict[str, Tensor]
+
+
+class ServerOptimizer(NamedTuple):
+    """``init(P)`` gives the memory; ``step(weights_P, mean_update_P, memory, lr, round)`` new weights and new memory.
+
+    ``round`` counts from 1. Nothing is changed in place.
+    """
+
+    init: Callable[[int], Memory]
+    step: Callable[[Tensor, Tensor, Memory, float, int], tuple[Tensor, Memory]]
+
+
+def sgd(config: ServerConfig) -> ServerOptimizer:
+    """SGD with momentum (FedAvgM): Hsu et al. 2019, https://arxiv.org/abs/1909.06335. Momentum 0 is FedAvg."""
+
+    def init(num_weights: int) -> Memory:
+        return {"velocity": torch.zeros(num_weights)}
+
+    def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
+        velocity = memory["velocity"] * config.momentum + mean_update
+        return weights + lr * velocity, {"velocity": velocity}
+
+    return ServerOptimizer(init, step)
+
+
+def adam(config: ServerConfig) -> ServerOptimizer:
+    """Adam with bias correction (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980) on the mean update (FedAdam)."""
+
+    def init(num_weights: int) -> Memory:
+        return {"mean": torch.zeros(num_weights), "square": torch.zeros(num_weights)}
+
+    def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
+        mean = torch.lerp(mean_update, memory["mean"], config.momentum)
+        square = torch.lerp(mean_update.square(), memory["square"], config.beta2)
+        root = (square / (1 - config.beta2**round)).sqrt_().add_(config.epsilon)
+        return torch.addcdiv(weights, mean, root, value=lr / (1 - config.momentum**round)), {"mean": mean, "square": square}
+
+    return ServerOptimizer(init, step)
+
+
+def learning_rate(config: ServerConfig, round: int) -> float:
+    """The server's step size in ``round`` (from 1): linear warm-up, then constant or cosine decay to ``floor``.
+
+    Source of the cosine: Loshchilov and Hutter 2017, https://arxiv.org/abs/1608.03983, equation 5 without restarts.
+    """
+    factor = min(1.0, round / config.warmup) if config.warmup else 1.0
+    if config.schedule == "cosine":
+        factor *= max(config.floor, 0.5 * (1 + math.cos(math.pi * round / config.rounds)))
+    return config.lr * factor

@@ -1,0 +1,53 @@
+"""Views: other readings of a window, for contrast. Chance comes in as numbers drawn before.
+
+Source: Xie et al. 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, section 3.2. All keep the shape and the padding on the
+left; shapes (..., L) of rows, 0 is padding; ``uniform`` has numbers in [0, 1) of the shape named.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Rows = NDArray[np.int64]
+Uniform = NDArray[np.float64]
+
+
+def crop(windows: Rows, keep: float, *, where: Uniform) -> Rows:
+    """A contiguous piece of each window, pushed to the right edge. ``where``: (...,), where the piece begins."""
+    L = windows.shape[-1]
+    length = (windows > 0).sum(-1)
+    size = np.ceil(length * keep).astype(np.int64)
+    cut = (length - size) - (where * (length - size + 1)).astype(np.int64)
+    column = np.arange(L)
+    rolled = np.take_along_axis(windows, (column - cut[..., None]) % L, -1)
+    return np.where(column >= L - size[..., None], rolled, 0)
+
+
+def mask(windows: Rows, keep: float, *, columns: Uniform) -> Rows:
+    """Each item stays with chance ``keep``, else its place is empty; the newest stays. ``columns``: (..., L)."""
+    is_kept = columns < keep
+    is_kept[..., -1] = True
+    return np.where(is_kept, windows, 0)
+
+
+def reorder(windows: Rows, keep: float, *, columns: Uniform, where: Uniform) -> Rows:
+    """A contiguous piece of (1 - keep) of each window is shuffled. ``columns``: (..., L) order it, ``where``: (...,) places it."""
+    L = windows.shape[-1]
+    length = (windows > 0).sum(-1)
+    size = np.floor(length * (1 - keep)).astype(np.int64)
+    begin = L - length + (where * (length - size + 1)).astype(np.int64)
+    column = np.arange(L)
+    is_moved = (column >= begin[..., None]) & (column < (begin + size)[..., None])
+    # Columns outside the piece keep their number as sort key; inside, keys are random between its ends.
+    order = np.where(is_moved, begin[..., None] + columns * size[..., None], column.astype(np.float64))
+    return np.take_along_axis(windows, np.argsort(order, axis=-1, kind="stable"), -1)
+
+
+def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choice: Uniform) -> Rows:
+    """Crop, mask or reorder, each with chance 1/3, one choice a window. ``choice``: (...,)."""
+    chosen = (choice * 3).astype(np.int64)[..., None]
+    cropped = crop(windows, keep, where=where)
+    masked = mask(windows, keep, columns=columns)
+    reordered = reorder(windows, keep, columns=columns, where=where)
+    return np.where(chosen == 0, cropped, np.where(chosen == 1, masked, reordered))

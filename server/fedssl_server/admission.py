@@ -1,0 +1,25 @@
+"""Admission: every upload is checked before it is added, so that nothing a node sends can harm the model.
+
+Refused is whatever answers another exchange or recipe, and whatever the closed manifest does not allow: undeclared names,
+other shapes or dtypes (so nan), sums longer than the users that were asked can make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedssl.errors import UploadRefused
+from fedssl.privacy.manifest import DeclaredSum, check_manifest
+from fedssl.records import Address, Upload
+
+
+def admit(upload: Upload, *, address: Address, recipe: str, declared: Mapping[str, DeclaredSum], most_users: int) -> None:
+    """Pass an upload, or raise UploadRefused that says why.
+
+    ``address`` and ``recipe`` (hash): those of the Download it should answer; ``most_users``: users asked of that node.
+    """
+    if upload.address != address:
+        raise UploadRefused(f"the upload answers {upload.address}, wanted {address}; an answer to another exchange is never added")
+    if upload.recipe != recipe:
+        raise UploadRefused(f"the upload followed recipe {upload.recipe[:12]}, wanted {recipe[:12]}; update the node")
+    check_manifest(upload.sums, declared, most_users=most_users)

@@ -1,0 +1,73 @@
+"""Does the contrastive task teach a client with one history? Its gradient beside that of the next item, user by user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedssl.config import TaskConfig
+from fedssl.data.histories import Histories
+from fedssl.local_training import make_batch, train_users
+from fedssl.parts import make_parts, make_task
+from fedssl.privacy.clipping import squared_norms
+from fedssl.recipe import Recipe
+from fedssl.recommender import Recommender
+from fedssl.tasks.contrastive import FORM, NEGATIVES
+from fedssl.weights import Weights
+
+USERS = 512
+
+
+def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> dict[str, Any] | None:
+    """Facts about the contrastive task of a recipe at these weights; None where the recipe names none.
+
+    `nonzero_share`: users whose contrastive gradient is not 0. `gradient_ratio`: median over users of its norm over that of
+    the next item's, both at weight 1. `effective_rank`: of the encodings of full histories (exponential of the entropy of
+    their normalised singular values: Roy and Vetterli 2007, https://doi.org/10.5281/zenodo.40571), out of `width`.
+    """
+    contrast = next((task for task in recipe.task if task.name == "contrastive"), None)
+    if contrast is None:
+        return None
+    count = min(USERS, histories.num_users)
+    users = np.linspace(0, histories.num_users - 1, count).astype(np.int64)
+    next_item = next((task for task in recipe.task if task.name == "next-item"), TaskConfig(name="next-item"))
+    norms = {config.name: gradient_norms(recipe, weights, histories, users, config) for config in (contrast, next_item)}
+    can_learn = histories.training_lengths[users] >= 1
+    ratio = norms[contrast.name] / np.maximum(norms[next_item.name], 1e-12)
+    has_both = norms[next_item.name] > 0
+    past = [histories.items[histories.cuts[user] : histories.training_ends[user]] for user in users]
+    return {
+        "form": FORM,
+        "negatives": NEGATIVES,
+        "weight": contrast.weight,
+        "users": int(can_learn.sum()),
+        "nonzero_share": float((norms[contrast.name][can_learn] > 0).mean()),
+        "gradient_ratio": float(np.median(ratio[has_both])) if has_both.any() else None,
+        "effective_rank": effective_rank(Recommender(recipe, weights).encode(past)),
+        "width": recipe.encoder.width,
+    }
+
+
+def gradient_norms(recipe: Recipe, weights: Weights, histories: Histories, users: np.ndarray[Any, Any], config: TaskConfig) -> np.ndarray[Any, Any]:
+    """Norm of each user's gradient of one task at weight 1, without dropout. Shape: (U,)."""
+    parts = make_parts(recipe)
+    local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0})
+    tasks = [(make_task(config, num_items=recipe.num_items), 1.0)]
+    norms = []
+    for first in range(0, len(users), 32):
+        some = users[first : first + 32]
+        base = (recipe.seed, "diagnostics", 0)
+        batch = make_batch(tasks, histories, some, some, base=base, local=local, window=recipe.encoder.window, num_items=recipe.num_items)
+        trained = train_users(parts.encoder, tasks, weights, batch, local=local, window=recipe.encoder.window)
+        total = sum((squared_norms(leaf.flatten(1)) for leaf in trained.update.values()), squared_norms(trained.items.flatten(1)))
+        norms.append(total.sqrt().numpy())
+    return np.concatenate(norms)
+
+
+def effective_rank(encodings_ND: torch.Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values of centred encodings."""
+    values = torch.linalg.svdvals(encodings_ND - encodings_ND.mean(0))
+    share = values / values.sum().clamp(min=1e-12)
+    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))

@@ -1,0 +1,293 @@
+"""The main job: train with every user on this machine, and leave a run folder behind.
+
+`simulate` wires the same parts as a deployment: the server's loop of rounds over a Grid, here one inside this process,
+and nodes that each host a shard of the users.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from fedssl_server.rounds import RoundFacts, owners, run_rounds
+from fedssl_server.rounds import Run as ServerRun
+from numpy.typing import NDArray
+
+import fedssl
+from fedssl import seeds
+from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from fedssl.client_round import Shard
+from fedssl.config import RunConfig
+from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.data.histories import take_users
+from fedssl.errors import CatalogueMismatch, RunFolderError
+from fedssl.evaluation import Ranks, evaluate
+from fedssl.privacy.keys import Keys, make_keys, read_keys
+from fedssl.privacy.ledger import Ledger
+from fedssl.privacy.plan import make_plan
+from fedssl.recipe import Recipe, make_recipe
+from fedssl.recommender import Recommender
+from fedssl.server_round import State, first_state, phases_of
+from fedssl_simulations.diagnostics import contrast_facts
+from fedssl_simulations.grids import InProcessGrid, handler_of
+from fedssl_simulations.run_files import read_written_run, write_run
+from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, write_whole
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Told after every round."""
+
+    facts: RoundFacts
+    rounds: int
+    validation: dict[str, Any] | None
+    epsilon: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a simulation leaves. ``is_finished`` is False where it was stopped and can be resumed."""
+
+    folder: Path
+    config: RunConfig
+    dataset: Dataset
+    state: State
+    recipe: Recipe
+    report: dict[str, Any]
+    model: Recommender
+    is_finished: bool
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """metrics.jsonl as a table, a row a round, nested names joined by dots."""
+        import pandas as pd
+
+        return pd.json_normalize(read_lines(self.folder / "metrics.jsonl"))
+
+
+def simulate(
+    config: RunConfig | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+    dataset: Dataset | None = None,
+    keys: Keys | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Run:
+    """Train, evaluate and report; everything under ``out``. Or go on with the run in ``resume`` from its last checkpoint.
+
+    ``dataset``: histories already in memory, instead of `[data] path`. ``keys``: known ones, for tests alone: their noise
+    protects nobody. ``should_stop`` is asked before every round; then a checkpoint is left.
+
+    Guarantee: killed at any moment and resumed, a run ends with the same bytes of weights, heads and counts.
+    Raises FedSSLError where a person must act.
+    """
+    if resume is not None:
+        folder = Path(resume)
+        with claim(folder, resume=True):
+            config, about = read_written_run(folder / "run.toml")
+            return _simulate(folder, config, about, dataset or load_dataset(config.data), keys, on_progress, should_stop)
+    assert config is not None, "a run needs a config, or a folder to resume"
+    dataset = dataset or load_dataset(config.data)
+    folder = Path(out) if out is not None else Path("runs") / f"{config.preset or Path(config.data.path or 'run').name.split('.')[0]}-seed{config.seed}"
+    with claim(folder, resume=False):
+        return _simulate(folder, config, {}, dataset, keys, on_progress, should_stop)
+
+
+def _simulate(
+    folder: Path,
+    config: RunConfig,
+    about: dict[str, Any],
+    dataset: Dataset,
+    keys: Keys | None,
+    on_progress: Callable[[Progress], None],
+    should_stop: Callable[[], bool],
+) -> Run:
+    histories = dataset.histories
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash)
+    plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
+    phases = phases_of(recipe)
+    _check_same_data(folder, about, dataset)
+    if plan is not None and keys is None:
+        keys = read_keys(folder) if (folder / "secrets").exists() or about else make_keys(folder)
+    if not about:
+        about = {"run": uuid4().hex, "fingerprint": histories.fingerprint, "catalogue": dataset.catalogue.hash, **versions()}
+        write_run(config, folder / "run.toml", **about)
+    state = _last_state(folder, recipe, dataset) or first_state(recipe)
+    ledger = Ledger(folder / "ledger.jsonl") if plan is not None else None
+    if ledger is not None:
+        ledger.merge(state.charged)
+    cut_back(folder / "metrics.jsonl", phase=state.phase, round=state.round, phases=[phase.name for phase in phases])
+
+    shards = make_shards(dataset, config, folder / "heads")
+    nodes: dict[int, dict[str, bool | float | int | str | bytes]] = {index + 1: {"partition-id": index} for index in shards}
+    node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
+    run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, plan, keys if plan is not None else None, ledger)
+    rounds = {phase.name: phase.rounds for phase in phases}
+    settled = state.round if state.phase == "training" else 0
+    last_written = time.monotonic()
+
+    def save(state: State) -> None:
+        nonlocal settled, last_written
+        if state.phase:
+            for shard in shards.values():
+                store = shard.heads(recipe)
+                if store is not None:
+                    store.flush()
+            checkpoint = Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"])
+            write_checkpoint(folder / "checkpoints", checkpoint, keep=config.system.keep_checkpoints)
+            settled = state.round if state.phase == "training" else 0
+        last_written = time.monotonic()
+
+    def on_round(state: State, facts: RoundFacts) -> None:
+        validation = None
+        is_last = facts.phase == phases[-1].name and facts.round == rounds[facts.phase]
+        if facts.phase == "training" and config.evaluation.every and facts.round % config.evaluation.every == 0 and not is_last:
+            model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
+            validation = evaluate(model, histories, "validation", users=_sample(config, histories.num_users), ks=config.evaluation.ks).summary()
+        epsilon = plan.epsilon(state.charged) if plan is not None else None
+        append_line(folder / "metrics.jsonl", _metrics_line(facts, shards, validation, epsilon, plan_cohort=plan and plan.expected_cohort(facts.phase)))
+        due = config.system.checkpoint_seconds and time.monotonic() - last_written >= config.system.checkpoint_seconds
+        if facts.phase != "training" or is_last or facts.round % config.system.checkpoint_every == 0 or due:
+            save(state)
+        on_progress(Progress(facts, rounds[facts.phase], validation, epsilon))
+
+    with InProcessGrid(handler_of(shards), nodes) as grid:
+        state = run_rounds(grid, run, state, on_round=on_round, should_stop=should_stop, settled=lambda: settled, phases=phases)
+    is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds)
+    model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
+    if not is_finished:
+        save(state)
+        return Run(folder, config, dataset, state, recipe, {}, model, False)
+    report = make_report(folder, config, dataset, state, recipe, model)
+    report["privacy"] = {**plan.statement(), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
+    contrast = contrast_facts(recipe, state.weights(recipe), histories)
+    if contrast is not None:
+        report["contrast"] = contrast
+    if plan is not None:
+        hidden = {name: report.pop(name) for name in ("test", "validation", "groups", "contrast") if name in report}
+        report["researcher_only"] = hidden
+    write_whole(folder / "report.json", json.dumps(report, indent=1))
+    return Run(folder, config, dataset, state, recipe, report, model, True)
+
+
+def versions() -> dict[str, str]:
+    """What the numbers of a run depend on beside its settings."""
+    return {"fedssl": fedssl.__version__, "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
+
+
+def make_shards(dataset: Dataset, config: RunConfig, heads: Path) -> dict[int, Shard]:
+    """The users dealt to nodes in pieces of like size, by number. The split changes nothing beyond rounding."""
+    pieces = np.array_split(np.arange(dataset.histories.num_users), config.system.shards)
+    shards = {}
+    for index, users in enumerate(pieces):
+        events = dataset.histories if len(pieces) == 1 else take_users(dataset.histories, users)
+        shards[index] = Shard(events, users, heads / f"node-{index:03d}", users_per_chunk=config.system.users_per_chunk, workers=config.system.workers)
+    return shards
+
+
+def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.int64]], NDArray[np.float32]] | None:
+    """A look-up of users' heads over all shards; None where the recipe has none."""
+    if recipe.head.name == "none":
+        return None
+
+    def read(users: NDArray[np.int64]) -> NDArray[np.float32]:
+        result = np.zeros((len(users), recipe.encoder.width), dtype=np.float32)
+        for shard in shards.values():
+            store = shard.heads(recipe)
+            assert store is not None
+            mine = np.isin(users, shard.users)
+            result[mine] = store.read(users[mine])
+        return result
+
+    return read
+
+
+def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State, recipe: Recipe, model: Recommender) -> dict[str, Any]:
+    """report.json of a finished run: test and validation over all users, groups, cost."""
+    histories = dataset.histories
+    ranks: dict[str, Ranks] = {split: evaluate(model, histories, split, ks=config.evaluation.ks) for split in ("test", "validation")}  # type: ignore[arg-type]
+    lines = read_lines(folder / "metrics.jsonl")
+    trained = sum(line["users"] for line in lines if line["phase"] == "training")
+    seconds = sum(line["seconds"] for line in lines)
+    counted = max(sum(line["users"] for line in lines), 1)
+    return {
+        "data": {
+            "users": histories.num_users,
+            "items": dataset.catalogue.num_items,
+            "events": histories.num_events,
+            "fingerprint": histories.fingerprint,
+        },
+        "test": ranks["test"].summary(),
+        "validation": ranks["validation"].summary(),
+        "groups": ranks["test"].groups(histories),
+        "cost": {
+            "rounds": state.round,
+            "users_trained": trained,
+            "seconds": seconds,
+            "users_per_second": trained / seconds if seconds else 0.0,
+            "upload_bytes_per_user": sum(line["upload_bytes"] for line in lines) / counted,
+            "download_bytes_per_user": sum(line["download_bytes"] for line in lines) / counted,
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        },
+    }
+
+
+def _check_same_data(folder: Path, about: dict[str, Any], dataset: Dataset) -> None:
+    if about and about["catalogue"] != dataset.catalogue.hash:
+        raise CatalogueMismatch(f"{folder}: the run was made with another catalogue; resume with the data set it began with")
+    if about and about["fingerprint"] != dataset.histories.fingerprint:
+        raise RunFolderError(f"{folder}: the histories have changed since this run began; resume with the data set it began with, or start a new run")
+
+
+def _last_state(folder: Path, recipe: Recipe, dataset: Dataset) -> State | None:
+    found = list_checkpoints(folder / "checkpoints")
+    if not found:
+        return None
+    checkpoint = read_checkpoint(found[-1])
+    if checkpoint.recipe.hash != recipe.hash:
+        raise RunFolderError(f"{found[-1]}: made with other settings than run.toml has; run.toml was changed, put it back or start a new run")
+    return checkpoint.state
+
+
+def _sample(config: RunConfig, num_users: int) -> NDArray[np.int64]:
+    if config.evaluation.users == 0 or config.evaluation.users >= num_users:
+        return np.arange(num_users)
+    draw = seeds.uniform(np.array([seeds.key(config.seed, "validation users")], dtype=np.uint64), num_users)[0]
+    return np.sort(np.argsort(draw, kind="stable")[: config.evaluation.users])
+
+
+def _metrics_line(
+    facts: RoundFacts, shards: dict[int, Shard], validation: dict[str, Any] | None, epsilon: float | None, *, plan_cohort: float | None
+) -> dict[str, Any]:
+    """A round as one JSON object; under a plan what was not released through it is for the researcher only."""
+    norms = np.concatenate([shard.notes.norms_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
+    losses = np.concatenate([shard.notes.losses_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
+    norms, losses = norms[np.isfinite(norms)], losses[np.isfinite(losses)]
+    seen: dict[str, Any] = {"loss": facts.loss if facts.loss is not None else (float(losses.mean()) if len(losses) else None)}
+    if len(norms):
+        seen["update_norm"] = {f"{q:g}": float(np.quantile(norms, q)) for q in (0.1, 0.5, 0.9)}
+    seen["broken_users"] = sum(shard.notes.broken_users for shard in shards.values())
+    if validation is not None:
+        seen["validation"] = validation
+    line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
+    line["users"] = facts.users if plan_cohort is None else plan_cohort
+    line["upload_bytes"], line["download_bytes"] = facts.upload_bytes, facts.download_bytes
+    line["refused"] = len(facts.refused)
+    if epsilon is not None:
+        return {**line, "epsilon": epsilon, "researcher_only": {**seen, "cohort": facts.users}}
+    return {**line, **seen}

@@ -1,0 +1,127 @@
+"""RUN.toml: read with its preset and overrides, and written resolved into the run folder."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedssl.config import RunConfig, check
+from fedssl.errors import ConfigError
+
+
+def presets() -> dict[str, str]:
+    """Names of the presets that ship, each with the first line of its comment."""
+    found = {}
+    for entry in sorted(resources.files("fedssl_simulations").joinpath("presets").iterdir(), key=lambda entry: entry.name):
+        if entry.name.endswith(".toml"):
+            first = entry.read_text(encoding="utf-8").splitlines()[0]
+            found[entry.name.removesuffix(".toml")] = first.lstrip("# ") if first.startswith("#") else ""
+    return found
+
+
+def read_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, seed: int | None = None) -> RunConfig:
+    """A run from a TOML file, a preset's name, or a mapping.
+
+    ``overrides``: ``section.key=value`` each, the value as TOML or, where it is not TOML, as text; ``task.0.weight=0.1``
+    reaches into lists. A file may begin with ``preset = "name"`` and change only what it names.
+    Raises ConfigError that says where, what came, what was wanted.
+    """
+    if isinstance(source, Mapping):
+        where, values = "run", dict(source)
+    else:
+        where, values = _read(source)
+    if isinstance(values.get("preset"), str) and values["preset"]:
+        values = _merge(_preset(values["preset"], where), values)
+    for text in overrides:
+        _override(values, text)
+    if seed is not None:
+        values["seed"] = seed
+    return check(RunConfig, values, where=where)
+
+
+def write_run(config: RunConfig, path: Path, **about: Any) -> None:
+    """The resolved config and ``about`` (versions, fingerprint, run id) as TOML, written beside and renamed."""
+    values = _without_none(config.model_dump(mode="json"))
+    beside = path.with_suffix(".new")
+    beside.write_text(tomli_w.dumps({"about": _without_none(about), **values}), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def read_written_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """What `write_run` wrote: the config and what is about it."""
+    values = _parse(path)
+    about = values.pop("about", {})
+    return check(RunConfig, values, where=str(path)), about
+
+
+def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
+    path = Path(source)
+    if path.suffix != ".toml" and not path.exists():
+        return str(source), {**_preset(str(source), "command line"), "preset": str(source)}
+    return path.name, _parse(path)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            values = tomllib.load(file)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give a RUN.toml or the name of a preset ({', '.join(presets())})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML ({error}); see docs/settings.md for what a RUN.toml looks like") from None
+    return values
+
+
+def _preset(name: str, where: str) -> dict[str, Any]:
+    file = resources.files("fedssl_simulations").joinpath("presets", f"{name}.toml")
+    if not file.is_file():
+        raise ConfigError(f"{where}: there is no preset or file '{name}'; presets: {', '.join(presets())}")
+    return tomllib.loads(file.read_text(encoding="utf-8"))
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` wins, section by section; lists are replaced whole."""
+    merged = dict(below)
+    for name, value in above.items():
+        known = merged.get(name)
+        merged[name] = _merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    name, equals, value = text.partition("=")
+    path = name.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set {text}: wanted section.key=value, for example --set server.rounds=50")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    here: Any = values
+    for part in path[:-1]:
+        try:
+            here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
+        except (IndexError, ValueError, AttributeError):
+            raise ConfigError(f"--set {text}: there is no '{part}' to set '{path[-1]}' in") from None
+    if parsed == "none" and len(path) == 1 and path[0] in ("counts",):
+        values.pop(path[0], None)
+    elif isinstance(here, dict):
+        here[path[-1]] = None if parsed == "none" and path[-1] != "name" else parsed
+    else:
+        raise ConfigError(f"--set {text}: '{'.'.join(path[:-1])}' is not a section")
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(inner) for name, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_none(inner) for inner in value]
+    return value
