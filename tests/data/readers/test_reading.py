@@ -1,6 +1,7 @@
 import gzip
 import sys
 import types
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def test_repeated_items_and_equal_times_stay_in_file_order(tmp_path):
 
 
 def test_a_file_of_many_blocks_reads_as_one_of_one(tmp_path, monkeypatch):
-    path = write(tmp_path, INTER * 1 + "".join(f"u{n % 7}\ti{n % 11}\t1\t{n}\n" for n in range(300)))
+    path = write(tmp_path, INTER + "".join(f"u{n % 7}\ti{n % 11}\t1\t{n}\n" for n in range(300)))
     whole = events(read_interactions(path))
     monkeypatch.setattr("fedssl.data.readers.text.BLOCK_BYTES", 13)
     assert events(read_interactions(path)) == whole
@@ -220,18 +221,12 @@ def test_a_user_without_events_cannot_be_written_as_a_line(tmp_path):
 
 
 def check_ends_well(path: Path, format: str) -> None:
-    try:
+    with suppress(DataError):
         read = read_interactions(path, format)
-    except DataError as error:
-        assert str(error)
-    else:
         assert read.num_events > 0
         assert len(read.items) == read.num_events
-    try:
+    with suppress(DataError):
         titles, attributes = read_items(path)
-    except DataError as error:
-        assert str(error)
-    else:
         assert set(titles) <= set(attributes)
 
 
