@@ -1,0 +1,73 @@
+"""The ClientApp of a node: a thin door without torch. It hands a Download to a child process and brings its Upload back.
+
+The folder with the person's data comes from the node's own config (``flower-supernode --node-config 'store="DIR"'``),
+never from the run config: that one the server writes. What a failure says to the server names no history and no path.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedssl import wire
+from fedssl.errors import ConfigError, FedSSLError, WireError
+from fedssl_client.store import users_of
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer a Download with an Upload, or with an error that says what kind of failure it was."""
+    try:
+        download = wire.to_bytes(wire.download_from_record_dict(message.content))
+        upload = run_trainer(download, _store(context), seconds=message.metadata.created_at + message.metadata.ttl - time.time())
+        return Message(wire.to_record_dict(wire.upload_from_bytes(upload)), reply_to=message)
+    except FedSSLError as error:
+        return _failed(message, error)
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    """Say which users this node hosts, and which formats it reads."""
+    try:
+        return Message(wire.hello_to_record_dict(wire.Hello(users_of(Path(_store(context))))), reply_to=message)
+    except FedSSLError as error:
+        return _failed(message, error)
+
+
+class TrainerFailed(FedSSLError):
+    """The child process brought no Upload. Its words were chosen by the child and may leave the node."""
+
+
+def run_trainer(download: bytes, store: str, *, seconds: float) -> bytes:
+    """One call of `fedssl_client.trainer.train` in a process of its own, ended after ``seconds``. Raises TrainerFailed."""
+    command = [sys.executable, "-m", "fedssl_client.trainer", "--store", store]
+    try:
+        done = subprocess.run(command, input=download, stdout=subprocess.PIPE, timeout=max(seconds, 0.0), check=False)
+    except subprocess.TimeoutExpired:
+        raise TrainerFailed(f"training was ended after {seconds:.0f} s, when the download expired") from None
+    if done.returncode == 1 and done.stdout:
+        raise TrainerFailed(done.stdout.decode(errors="replace"))
+    if done.returncode != 0:
+        raise TrainerFailed(f"the training process ended with {done.returncode} (a negative number: by that signal); the node's own log may say more")
+    return done.stdout
+
+
+def _store(context: Context) -> str:
+    store = context.node_config.get("store")
+    if not isinstance(store, str) or not store:
+        raise ConfigError("this node's config names no store; start it with --node-config 'store=\"DIR\"'")
+    return store
+
+
+def _failed(message: Message, error: FedSSLError) -> Message:
+    print(f"error: {error}", file=sys.stderr)
+    reason = str(error) if isinstance(error, TrainerFailed | WireError) else f"{type(error).__name__} on the node; its own log says more"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)

@@ -1,0 +1,63 @@
+"""The only part of a node with torch: one Download in, one Upload out, then gone. Run as ``python -m fedssl_client.trainer``.
+
+The ClientApp is started anew for every message and must stay small, so the work is done by a child process: the Download
+arrives on standard input, the Upload leaves on standard output. Standard error is the node owner's log and stays here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+
+from fedssl.client_round import Shard, client_round, open_shard
+from fedssl.errors import FedSSLError, WireError
+from fedssl.records import Download, Upload
+from fedssl.wire import download_from_bytes, to_bytes
+from fedssl_client.store import locked
+
+
+def answer(download: Download | bytes, shard: Shard) -> Upload:
+    """What a shard replies: the one function behind a device and a simulated node. Raises FedSSLError where a person must act."""
+    record = download_from_bytes(download) if isinstance(download, bytes) else download
+    return client_round(record, shard)
+
+
+def train(download: bytes, store: str) -> bytes:
+    """The Upload of the store's users, as bytes. A second call for the same store waits for the first."""
+    record = download_from_bytes(download)
+    with locked(Path(store)):
+        return to_bytes(answer(record, open_shard(Path(store))))
+
+
+def main() -> int:
+    """Answer standard input. Exit 0: an Upload on standard output; 1: there, what the server may know of a failure."""
+    parser = argparse.ArgumentParser(description="Answer one download; started by the ClientApp")
+    parser.add_argument("--store", required=True, help="the node's folder")
+    store = parser.parse_args().store
+    # Whatever the training prints goes to the log: a line on standard output would spoil the Upload.
+    reply = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    with reply:
+        try:
+            reply.write(train(sys.stdin.buffer.read(), store))
+        except Exception as error:
+            if isinstance(error, FedSSLError):
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                traceback.print_exc()
+            reply.write(public_reason(error).encode())
+            return 1
+    return 0
+
+
+def public_reason(error: Exception) -> str:
+    """What of a failure may leave the node: the words of a WireError are about the server's own bytes, others may quote a history."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, WireError) else f"{name} on the node; its own log says more"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

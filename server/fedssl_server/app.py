@@ -1,0 +1,104 @@
+"""The ServerApp: find the run folder, wait for the nodes, ask each who it is, and hand over to the loop of rounds.
+
+Everything is read from this process's environment, never from the run config, which reaches every node:
+``FEDSSL_RUN_DIR`` (the run folder), ``FEDSSL_NODES`` (nodes to wait for, default 1), ``FEDSSL_NODES_SECONDS`` (how long, default
+300) and ``FEDSSL_ROUND_SECONDS`` (how long a round waits for uploads, default 3600).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from flwr.app import Context, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedssl import wire
+from fedssl.errors import ConfigError, FedSSLError, RunFolderError, WireError
+from fedssl.recipe import RECIPE_FORMAT
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run, or resume, the run of the folder in the environment. A FedSSLError is one clear line, and the run fails."""
+    try:
+        folder = run_folder()
+        expected, seconds = int(_number("FEDSSL_NODES", 1)), _number("FEDSSL_NODES_SECONDS", 300)
+        deadline = _number("FEDSSL_ROUND_SECONDS", 3600)
+        nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds)
+        print(f"{len(nodes)} nodes host {sum(len(hello.users) for hello in nodes.values())} users", flush=True)
+
+        # Torch is paid for only now.
+        from fedssl_server.serve import serve
+
+        serve(grid, {node: hello.users for node, hello in nodes.items()}, folder, deadline_seconds=deadline)
+    except FedSSLError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
+
+
+def run_folder() -> Path:
+    """The folder that FEDSSL_RUN_DIR names. Raises RunFolderError where there is none."""
+    name = os.environ.get("FEDSSL_RUN_DIR", "")
+    if not name:
+        raise RunFolderError("FEDSSL_RUN_DIR is not set; start the server's flower-superexec with FEDSSL_RUN_DIR=<run folder> in its environment")
+    if not Path(name).is_dir():
+        raise RunFolderError(f"FEDSSL_RUN_DIR={name}: no such folder; `fedssl server init` makes one")
+    return Path(name)
+
+
+def wait_for_nodes(grid: Grid, expected: int, seconds: float) -> list[int]:
+    """Ids of the nodes that are there, sorted, once there are ``expected``. Raises FedSSLError after ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while len(nodes := sorted(grid.get_node_ids())) < expected:
+        if time.monotonic() > deadline:
+            raise FedSSLError(
+                f"{len(nodes)} of {expected} nodes after {seconds:.0f} s; start the missing flower-supernodes, or set FEDSSL_NODES to {len(nodes)}"
+            )
+        time.sleep(0.2)
+    return nodes
+
+
+def say_hello(grid: Grid, nodes: Iterable[int], seconds: float) -> dict[int, wire.Hello]:
+    """What each node says of itself, in the order of ``nodes``.
+
+    Raises FedSSLError where one does not answer within ``seconds``, fails, or speaks another format.
+    """
+    messages = [grid.create_message(RecordDict(), "query.hello", node, "hello", seconds) for node in nodes]
+    asked = {str(name): message.metadata.dst_node_id for name, message in zip(grid.push_messages(messages), messages, strict=True)}
+    waiting, answers = set(asked), {}
+    deadline = time.monotonic() + seconds
+    while waiting:
+        for reply in grid.pull_messages(waiting):
+            name = reply.metadata.reply_to_message_id
+            waiting.discard(name)
+            if reply.has_error():
+                raise FedSSLError(f"node {asked[name]} does not say hello: {reply.error.reason}")
+            try:
+                answers[asked[name]] = hello = wire.hello_from_record_dict(reply.content)
+            except WireError as error:
+                raise WireError(f"node {asked[name]}: {error}") from None
+            if RECIPE_FORMAT not in hello.recipe_formats:
+                raise WireError(
+                    f"node {asked[name]} (fedssl {hello.version}) reads recipe formats {hello.recipe_formats}, not {RECIPE_FORMAT}; install one fedssl on both"
+                )
+        if waiting and time.monotonic() > deadline:
+            raise FedSSLError(f"nodes {sorted(asked[name] for name in waiting)} did not say hello within {seconds:.0f} s; are their flower-superexecs running?")
+        time.sleep(0.1 if waiting else 0)
+    return {node: answers[node] for node in asked.values()}
+
+
+def _number(name: str, default: float) -> float:
+    text = os.environ.get(name, "") or str(default)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 < number < 1e9:
+        raise ConfigError(f"{name}={text}: wanted a number above 0")
+    return number

@@ -1,0 +1,145 @@
+"""A run from its folder: recipe, plan and keys from what is there, rounds over a Grid, checkpoints and metrics into it.
+
+The folder begins with ``run.toml`` (the settings) and ``catalogue.jsonl``; this adds ``checkpoints/``, ``metrics.jsonl`` and,
+under a privacy plan, ``secrets/`` and ``ledger.jsonl``. Called again, it goes on from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from flwr.serverapp import Grid
+from numpy.typing import NDArray
+
+from fedssl.catalogue import Catalogue, read_catalogue
+from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from fedssl.config import RunConfig, check
+from fedssl.errors import CheckpointError, RunFolderError
+from fedssl.privacy.keys import Keys, make_keys, read_keys
+from fedssl.privacy.ledger import Ledger
+from fedssl.privacy.plan import Plan, make_plan
+from fedssl.recipe import make_recipe
+from fedssl.server_round import State, first_state
+from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
+
+
+def serve(
+    grid: Grid,
+    users_of_node: Mapping[int, NDArray[np.int64]],
+    folder: Path,
+    *,
+    deadline_seconds: float | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> State:
+    """Run what is left of the run in ``folder`` and return where it stands then.
+
+    ``users_of_node``: the stable numbers of the users each node hosts. ``deadline_seconds``: how long a round waits; None: for all.
+
+    Guarantees:
+      - stopped at any moment and called again, the weights are those of a run that was never stopped (without a plan, or
+        where the same nodes answer);
+      - a checkpoint every ``[system] checkpoint_every`` rounds or ``checkpoint_seconds``, whichever is first, and after the last round.
+
+    Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings.
+    """
+    config, catalogue = _read_settings(folder), read_catalogue(folder / "catalogue.jsonl")
+    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash)
+    num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
+    node_ids, owner_U = owners(users_of_node, num_users)
+    plan = make_plan(config.privacy, config.server, config.counts, num_users)
+    checkpoints = list_checkpoints(folder / "checkpoints")
+    begin = read_checkpoint(checkpoints[-1]) if checkpoints else Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
+    if begin.recipe.hash != recipe.hash:
+        raise CheckpointError(f"{checkpoints[-1]}: made by another recipe than {folder / 'run.toml'} gives now; undo the change, or begin another folder")
+    keys, ledger = _open_secrets(folder, plan, begin.state)
+    run = Run(begin.run, recipe, num_users, node_ids, owner_U, plan, keys, ledger, deadline_seconds)
+    keeper = _Keeper(folder, config, catalogue, begin)
+    state = run_rounds(grid, run, begin.state, on_round=keeper.on_round, should_stop=should_stop, settled=lambda: keeper.settled)
+    keeper.keep(state)
+    return state
+
+
+class _Keeper:
+    """What a run writes down while it goes on: a line a round, a checkpoint when one is due."""
+
+    def __init__(self, folder: Path, config: RunConfig, catalogue: Catalogue, begin: Checkpoint):
+        self.folder, self.system, self.catalogue, self.begin = folder, config.system, catalogue, begin
+        self.settled = begin.state.round if begin.state.phase == "training" else 0
+        self._since, self._rounds = time.monotonic(), 0
+        _cut_back(folder / "metrics.jsonl", begin.state)
+
+    def on_round(self, state: State, facts: RoundFacts) -> None:
+        line = {
+            "phase": facts.phase,
+            "round": facts.round,
+            "attempt": facts.attempt,
+            "seconds": round(facts.seconds, 3),
+            "loss": facts.loss,
+            "upload_bytes": facts.upload_bytes,
+            "download_bytes": facts.download_bytes,
+            "refused": {str(node): why for node, why in facts.refused.items()},
+        }
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s, loss {facts.loss}, {len(facts.refused)} nodes refused", flush=True)
+        self._rounds += 1
+        is_late = bool(self.system.checkpoint_seconds) and time.monotonic() - self._since >= self.system.checkpoint_seconds
+        if is_late or self._rounds >= self.system.checkpoint_every:
+            self.keep(state)
+
+    def keep(self, state: State) -> None:
+        """Write a checkpoint; heads on the nodes need no way back beyond it."""
+        if not state.phase:
+            return
+        write_checkpoint(
+            self.folder / "checkpoints",
+            Checkpoint(state, self.begin.recipe, self.catalogue, self.begin.run, self.begin.fingerprint),
+            keep=self.system.keep_checkpoints,
+        )
+        self.settled = state.round if state.phase == "training" else 0
+        self._since, self._rounds = time.monotonic(), 0
+
+
+def _read_settings(folder: Path) -> RunConfig:
+    path = folder / "run.toml"
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); a run folder begins with run.toml and catalogue.jsonl") from None
+    # What a simulation writes about itself: versions, fingerprint.
+    values.pop("about", None)
+    return check(RunConfig, values, where=str(path))
+
+
+def _open_secrets(folder: Path, plan: Plan | None, state: State) -> tuple[Keys | None, Ledger | None]:
+    """Keys and ledger of a run under a plan, made where it has not begun; None without a plan."""
+    if plan is None:
+        return None, None
+    ledger = Ledger(folder / "ledger.jsonl")
+    has_begun = bool(state.phase or ledger.charged())
+    keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
+    ledger.bind(plan.fingerprint)
+    ledger.merge(state.charged)
+    return keys, ledger
+
+
+def _cut_back(path: Path, state: State) -> None:
+    """Keep the lines of rounds that ``state`` has; the others are run, and written, again."""
+    if not path.exists():
+        return
+    kept = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue  # Torn by a crash: a line that is not whole is of a round that no checkpoint has.
+        is_earlier_phase = line.get("phase") == "counts" and state.phase == "training"
+        if is_earlier_phase or (line.get("phase") == state.phase and line.get("round", 0) <= state.round):
+            kept.append(text)
+    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")
