@@ -11,13 +11,14 @@ import secrets
 import time
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedssl.catalogue import Catalogue, read_catalogue
+from fedssl.catalogue import read_catalogue
 from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
 from fedssl.config import RunConfig, check
 from fedssl.errors import CheckpointError, RunFolderError
@@ -44,7 +45,8 @@ def serve(
     Guarantees:
       - stopped at any moment and called again, the weights are those of a run that was never stopped (without a plan, or
         where the same nodes answer);
-      - a checkpoint every ``[system] checkpoint_every`` rounds or ``checkpoint_seconds``, whichever is first, and after the last round.
+      - a checkpoint every ``[system] checkpoint_every`` rounds or ``checkpoint_seconds``, whichever is first, after the last
+        round, and under a plan after each.
 
     Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings.
     """
@@ -59,7 +61,7 @@ def serve(
         raise CheckpointError(f"{checkpoints[-1]}: made by another recipe than {folder / 'run.toml'} gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, plan, begin.state)
     run = Run(begin.run, recipe, num_users, node_ids, owner_U, plan, keys, ledger, deadline_seconds)
-    keeper = _Keeper(folder, config, catalogue, begin)
+    keeper = _Keeper(folder, config, plan, begin)
     state = run_rounds(grid, run, begin.state, on_round=keeper.on_round, should_stop=should_stop, settled=lambda: keeper.settled)
     keeper.keep(state)
     return state
@@ -68,40 +70,39 @@ def serve(
 class _Keeper:
     """What a run writes down while it goes on: a line a round, a checkpoint when one is due."""
 
-    def __init__(self, folder: Path, config: RunConfig, catalogue: Catalogue, begin: Checkpoint):
-        self.folder, self.system, self.catalogue, self.begin = folder, config.system, catalogue, begin
+    def __init__(self, folder: Path, config: RunConfig, plan: Plan | None, begin: Checkpoint):
+        self.folder, self.system, self.plan, self.begin = folder, config.system, plan, begin
         self.settled = begin.state.round if begin.state.phase == "training" else 0
         self._since, self._rounds = time.monotonic(), 0
         _cut_back(folder / "metrics.jsonl", begin.state)
 
     def on_round(self, state: State, facts: RoundFacts) -> None:
-        line = {
-            "phase": facts.phase,
-            "round": facts.round,
-            "attempt": facts.attempt,
-            "seconds": round(facts.seconds, 3),
+        line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
+        # Who was asked, and so how much was sent and who did not answer, is the secret that amplification by sampling rests on.
+        seen = {
+            "users": facts.users,
             "loss": facts.loss,
             "upload_bytes": facts.upload_bytes,
             "download_bytes": facts.download_bytes,
             "refused": {str(node): why for node, why in facts.refused.items()},
         }
+        line |= seen if self.plan is None else {"epsilon": self.plan.epsilon(state.charged), "researcher_only": seen}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s, loss {facts.loss}, {len(facts.refused)} nodes refused", flush=True)
+        more = f", loss {facts.loss}, {len(facts.refused)} nodes refused" if self.plan is None else ""
+        print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s{more}", flush=True)
         self._rounds += 1
         is_late = bool(self.system.checkpoint_seconds) and time.monotonic() - self._since >= self.system.checkpoint_seconds
-        if is_late or self._rounds >= self.system.checkpoint_every:
+        # Under a plan a round that must be repeated is charged again, because a deployment does not repeat exactly: keep each.
+        if self.plan is not None or state.phase != "training" or is_late or self._rounds >= self.system.checkpoint_every:
             self.keep(state)
 
     def keep(self, state: State) -> None:
         """Write a checkpoint; heads on the nodes need no way back beyond it."""
         if not state.phase:
             return
-        write_checkpoint(
-            self.folder / "checkpoints",
-            Checkpoint(state, self.begin.recipe, self.catalogue, self.begin.run, self.begin.fingerprint),
-            keep=self.system.keep_checkpoints,
-        )
+        checkpoint = replace(self.begin, state=state)
+        write_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.system.keep_checkpoints)
         self.settled = state.round if state.phase == "training" else 0
         self._since, self._rounds = time.monotonic(), 0
 

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from itertools import count
 from threading import Condition, Thread
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from fedssl_client.trainer import answer
 from flwr.app import ArrayRecord, Context, Error, Message, RecordDict
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
@@ -34,11 +34,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedssl import wire
-from fedssl.client_round import Shard, client_round
+from fedssl.client_round import Shard
 from fedssl.errors import FedSSLError
-
-if TYPE_CHECKING:
-    from fedssl.client_round import Shard
 
 Handler = Callable[[Message, Context], Message]
 
@@ -259,13 +256,12 @@ class InProcessGrid(Grid):
         return make_message(metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, reason))
 
 
-def shard_handler(shards: Mapping[int, Shard]) -> Handler:
-    """Nodes that host these shards, by node id: the code a device runs after its Download was read, and nothing else."""
-    from fedssl_client.trainer import answer
+def handler_of(shards: Mapping[int, Shard]) -> Handler:
+    """The nodes of a simulation: what a device does once its Download was read, for the shard that each node's partition names."""
 
     def handle(message: Message, context: Context) -> Message:
-        download = wire.download_from_record_dict(message.content)
-        return Message(wire.to_record_dict(answer(download, shards[context.node_id])), reply_to=message)
+        upload = answer(wire.download_from_record_dict(message.content), shards[int(context.node_config["partition-id"])])
+        return Message(wire.to_record_dict(upload), reply_to=message)
 
     return handle
 
@@ -290,14 +286,3 @@ def _error(message: Message, code: int, reason: str) -> Message:
 
 def _expires(message: Message) -> float:
     return message.metadata.created_at + message.metadata.ttl
-
-
-def handler_of(shards: Mapping[int, Shard]) -> Handler:
-    """The node of a simulation: what a device does with a message, in this process, for the shard that its partition names."""
-
-    def handle(message: Message, context: Context) -> Message:
-        shard = shards[int(context.node_config["partition-id"])]
-        upload = client_round(wire.download_from_record_dict(message.content), shard)
-        return Message(wire.to_record_dict(upload), reply_to=message)
-
-    return handle
