@@ -65,25 +65,28 @@ def solve_noise(epsilon_target: float, delta: float, q: float, n: int, other_eve
     def excess(log_z: float) -> float:
         return math.log(max(epsilon([(q, math.exp(log_z), n), *other_events], delta), 1e-12) / epsilon_target)
 
-    # Epsilon over noise is close to a straight line on log-log paper: walk to a bracket, cut it where the line crosses.
-    low = high = math.log(_first_guess(epsilon_target, delta, q, n))
-    low_excess = high_excess = excess(high)
-    step = 0.1
-    while high_excess > 0:
-        low, low_excess, high = high, high_excess, high + max(step, min(high_excess, 1.0))
-        high_excess, step = excess(high), 2 * step
-    while low_excess <= 0:
-        high, high_excess, low = low, low_excess, low - min(step, max(-low_excess, 0.02))
-        low_excess, step = excess(low), 2 * step
-    for turn in range(60):
+    # Epsilon over noise is close to a straight line on log-log paper: follow the newest two points (the secant), keep a
+    # bracket, and step a little beyond the crossing, on the side where the bracket is wide.
+    low, high = -math.inf, math.inf  # overspends at low, does not at high
+    before: tuple[float, float] | None = None
+    here = math.log(_first_guess(epsilon_target, delta, q, n, other_events))
+    for _ in range(200):
+        value = excess(here)
+        low, high = (here, high) if value > 0 else (low, here)
         if high - low <= 8e-4:
             break
-        share = low_excess / (low_excess - high_excess) if math.isfinite(low_excess) and turn % 4 != 3 else 0.5
-        crossing = low + share * (high - low)
-        for guess in (crossing + 3e-4, crossing - 3e-4):
-            if low < guess < high:
-                value = excess(guess)
-                low, low_excess, high, high_excess = (guess, value, high, high_excess) if value > 0 else (low, low_excess, guess, value)
+        step = value if math.isfinite(value) else 1.0
+        if before is not None and math.isfinite(before[1]) and value * (here - before[0]) * (value - before[1]) != 0:
+            step = -value * (here - before[0]) / (value - before[1])
+        before = (here, value)
+        is_bracketed = math.isfinite(low) and math.isfinite(high)
+        crossing = here + (step if is_bracketed else math.copysign(min(max(1.2 * abs(step), 0.01), 0.4), value))
+        if is_bracketed:
+            crossing += 3e-4 if high - crossing > crossing - low else -3e-4
+            if not low < crossing < high or high - low > 1:
+                crossing = (low + high) / 2
+        here = crossing
+    assert high - low <= 8e-4, "epsilon does not fall with the noise"
     return _round_up(math.exp(high))
 
 
@@ -93,12 +96,14 @@ def _round_up(value: float, digits: int = 5) -> float:
     return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
 
 
-def _first_guess(target: float, delta: float, q: float, n: int) -> float:
-    """From the central limit theorem for sampled Gaussians (Bu et al. 2020, https://arxiv.org/abs/1911.11607): a start, never a claim."""
+def _first_guess(target: float, delta: float, q: float, n: int, others: Sequence[tuple[float, float, int]]) -> float:
+    """A start, never a claim: sampled Gaussians add up in mu^2 (Bu et al. 2020, https://arxiv.org/abs/1911.11607)."""
     # mu^2 / 2 + mu * tail = epsilon, roughly.
-    tail = math.sqrt(2 * math.log(1 / delta))
-    mu = math.sqrt(tail**2 + 2 * target) - tail
-    return 1 / math.sqrt(math.log1p((mu / q) ** 2 / n)) if q < 1 else math.sqrt(n) / mu
+    tail = math.sqrt(2 * math.log(1 / delta)) * 0.9
+    whole = (math.sqrt(tail**2 + 2 * target) - tail) ** 2
+    spent = sum(rate**2 * count * math.expm1(min(z**-2, 50.0)) if rate < 1 else count / z**2 for rate, z, count in others)
+    share = max(whole - spent, whole / 20) / (q**2 * n)
+    return 1 / math.sqrt(math.log1p(share) if q < 1 else share)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,14 +102,14 @@ def test_more_attempts_never_cost_less(q: float, z: float, n: int, more: int):
     assert epsilon([(q, z, n)], 1e-5) <= epsilon([(q, z, n + more)], 1e-5) + 1e-9
 
 
-@settings(max_examples=5, deadline=None)
-@given(q=st.floats(0.005, 1.0), z=st.floats(0.7, 4.0), factor=st.floats(1.01, 2.0), n=st.integers(1, 100))
+@settings(max_examples=4, deadline=None)
+@given(q=st.floats(0.005, 1.0), z=st.floats(1.0, 4.0), factor=st.floats(1.01, 2.0), n=st.integers(1, 100))
 def test_more_noise_never_costs_more(q: float, z: float, factor: float, n: int):
     assert epsilon([(q, z * factor, n)], 1e-5) <= epsilon([(q, z, n)], 1e-5) + 1e-9
 
 
 @settings(max_examples=3, deadline=None)
-@given(target=st.floats(0.2, 12.0), q=st.floats(0.01, 1.0), n=st.integers(1, 300), counts=st.booleans())
+@given(target=st.floats(0.2, 8.0), q=st.floats(0.05, 1.0), n=st.integers(10, 300), counts=st.booleans())
 def test_solved_noise_never_overspends_and_a_thousandth_less_would(target: float, q: float, n: int, counts: bool):
     # Counts that take 85 % of the target beside it, as a plan would have them.
     others = ((1.0, solve_noise(target, 1e-5, 1.0, 1) / 0.85**0.5, 1),) if counts else ()
