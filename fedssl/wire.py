@@ -289,7 +289,7 @@ def _recipe(text: str) -> Recipe:
     except (ConfigError, ValueError, RecursionError) as error:
         raise WireError(f"download: its recipe cannot be read ({error})") from None
     if not is_canonical:
-        raise WireError("download: its recipe is not in canonical form, so its hash would mean nothing; was it written by fedssl?")
+        raise WireError("download: its recipe reads otherwise here, so its hash would too; install one version of fedssl on server and nodes")
     return recipe
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import time
+import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
-from fedssl_server.serve import serve
 from fedssl_simulations.federation import federation
-from fedssl_simulations.grids import InProcessGrid, shard_handler
+from fedssl_simulations.run import make_shards, simulate
+from fedssl_simulations.run_files import read_run, write_run
 
 from fedssl.catalogue import write_catalogue
-from fedssl.client_round import open_shard, write_shard
-from fedssl.data.histories import make_histories
+from fedssl.client_round import write_shard
+from fedssl.config import DataConfig, RunConfig
+from fedssl.data.dataset import Dataset, make_dataset
 from fedssl.data.synthetic import synthesize
 from fedssl.errors import FedSSLError
 
@@ -40,42 +41,40 @@ rounds = 2
 cohort = 12
 [privacy]
 clip_norm = 1.0
+[evaluation]
+ks = [5]
+[system]
+shards = 2
 """
-# How training is cut into chunks is part of the bytes; how many nodes the users live on is not, beyond the chunks.
-USERS = [np.arange(0, 30, 2), np.arange(1, 30, 2)]
 
 
-def lay_out(folder: Path) -> tuple[list[Path], Path]:
-    """The stores of two nodes and the run folder of a server, all from the same histories."""
-    histories, catalogue = make_histories(synthesize(users=30, items=200, seed=3, mean_events=10.0))
-    stores = [folder / f"node-{number}" for number in range(2)]
-    for store, users in zip(stores, USERS, strict=True):
-        write_shard(store, histories, users)
+def lay_out(config: RunConfig, dataset: Dataset, folder: Path) -> tuple[list[Path], Path]:
+    """Stores of two nodes that host the users of the simulation's two shards, and the run folder of a server."""
+    shards = make_shards(dataset, config, folder)
+    stores = [folder / f"node-{number}" for number in shards]
+    for store, shard in zip(stores, shards.values(), strict=True):
+        write_shard(store, dataset.histories, shard.users)
     run = folder / "run"
     run.mkdir()
-    (run / "run.toml").write_text(SETTINGS)
-    write_catalogue(catalogue, run / "catalogue.jsonl")
+    write_run(config, run / "run.toml")
+    write_catalogue(dataset.catalogue, run / "catalogue.jsonl")
     return stores, run
 
 
-def checkpoint(run: Path) -> dict[str, bytes]:
-    """All that was learned, by file."""
-    folder = run / "checkpoints" / "round-000002"
-    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+def learned(run: Path) -> dict[str, bytes]:
+    """All that the last checkpoint holds of what was learned, by file."""
+    return {path.name: path.read_bytes() for path in sorted((run / "checkpoints" / "round-000002").glob("*.safetensors"))}
 
 
 @pytest.mark.timeout(240)
 def test_simulation_and_deployment_reach_the_same_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    for name in ("simulated", "deployed"):
-        (tmp_path / name).mkdir()
-    stores, run = lay_out(tmp_path / "simulated")
-    shards = {1 + number: open_shard(store) for number, store in enumerate(stores)}
-    with InProcessGrid(shard_handler(shards), {node: {} for node in shards}) as grid:
-        serve(grid, {node: shard.users for node, shard in shards.items()}, run)
-    simulated = checkpoint(run)
+    config = read_run(tomllib.loads(SETTINGS))
+    dataset = make_dataset(synthesize(users=30, items=200, seed=3, mean_events=10.0), DataConfig(min_events=1))
+    simulate(config, out=tmp_path / "simulated", dataset=dataset)
+    simulated = learned(tmp_path / "simulated")
     assert {"weights.safetensors", "optimizer.safetensors", "counts.safetensors"} == simulated.keys()
 
-    stores, run = lay_out(tmp_path / "deployed")
+    stores, run = lay_out(config, dataset, tmp_path)
     start = time.monotonic()
     with federation(stores, run, environment={"OMP_NUM_THREADS": "1"}) as deployed:
         up = time.monotonic() - start
@@ -84,10 +83,10 @@ def test_simulation_and_deployment_reach_the_same_bytes(tmp_path: Path, capsys: 
         processes = [process.pid for process in deployed.processes.values()]
     with capsys.disabled():
         print(f" federation: up in {up:.1f} s, hello, counts and 2 rounds in {outcome.seconds:.1f} s ", end="")
-    assert checkpoint(run) == simulated
+    assert learned(run) == simulated
     heads = [(store / "heads" / "user-vector.f32").read_bytes() for store in stores]
-    assert heads == [(tmp_path / "simulated" / store.name / "heads" / "user-vector.f32").read_bytes() for store in stores]
-    assert any(any(head) for head in heads)
+    assert heads == [path.read_bytes() for path in sorted((tmp_path / "simulated" / "heads").glob("node-*/user-vector.f32"))]
+    assert all(any(head) for head in heads)
     # Every process, and whatever it started, is gone.
     for group in processes:
         with pytest.raises(ProcessLookupError):
