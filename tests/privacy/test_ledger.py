@@ -107,6 +107,14 @@ def test_a_crash_at_any_byte_of_the_last_line_loses_that_line_alone(tmp_path: Pa
         assert path.read_bytes() == whole
 
 
+def test_a_torn_line_longer_than_the_next_one_leaves_nothing_behind(tmp_path: Path):
+    path = tmp_path / "ledger.jsonl"
+    lines = written(path)
+    path.write_bytes(b"".join(lines[:-1]) + b'{"kind":"seal","hmac":"' + b"a" * 500)
+    Ledger(path).charge("training", 3)
+    assert path.read_bytes() == b"".join(lines)
+
+
 @pytest.mark.parametrize("number", range(5))
 def test_a_line_that_was_changed_is_corruption(tmp_path: Path, number: int):
     path = tmp_path / "ledger.jsonl"
