@@ -93,6 +93,7 @@ def render_report(run_dirs: Sequence[Path], *, public: bool = False) -> str:
         results=_results(runs),
         curves=_curves(runs),
         groups=[(run, run.report["groups"], metric_names(_members(run.report["groups"]))) for run in runs if run.report.get("groups")],
+        contrast=_side_by_side([_facts(run.report.get("contrast") or {}) for run in runs]),
         cost=_side_by_side([_cost(run) for run in runs]),
         settings=sorted(_side_by_side([_settings(run.config) for run in runs]), key=lambda row: len(set(row[1])) == 1),
         public=public,
@@ -289,6 +290,10 @@ def _cost(run: Run) -> dict[str, str]:
         else:
             words[shown] = f"{value:,.4g}" if isinstance(value, float) and value < 1000 else f"{value:,.0f}"
     return words
+
+
+def _facts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {_words(name.replace(".", ": ")): "–" if value == "null" else value for name, value in _settings(values).items()}
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -15,12 +15,11 @@ Kind = Literal["baseline", "part", "federated"]
 _LABELS = {
     "popularity": "Popularity",
     "markov": "Markov chain",
-    "co_occurrence": "Co-occurrence",
     "counts": "Item-to-item counts",
     "encoder": "Encoder",
     "head": "Personal head",
     "central": "Central training",
-    "alone": "Each user alone",
+    "each alone": "Each user alone",
 }
 
 
@@ -49,10 +48,9 @@ def opened(value: Any, *, public: bool) -> Any:
 
 
 def recommenders(report: Mapping[str, Any], split: Literal["test", "validation"] = "test") -> list[Recommender]:
-    """The rows that an opened `report.json` holds: baselines (of the test), then the model's parts alone, then the model itself."""
+    """The rows that an opened `report.json` holds: baselines, then the model's parts alone, then the model itself."""
     found = report.get(split) or {}
-    baselines = (report.get("baselines") or {}) if split == "test" else {}
-    rows = [_row(label(name), "baseline", values) for name, values in baselines.items()]
+    rows = [_row(label(name), "baseline", values[split]) for name, values in (report.get("baselines") or {}).items() if values.get(split)]
     rows += [_row(f"{label(name)} alone", "part", values) for name, values in (found.get("parts") or {}).items()]
     if found.get("all") or found.get("unseen"):
         rows.append(_row("Federated", "federated", found))

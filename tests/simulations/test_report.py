@@ -19,7 +19,7 @@ MEASURED = {
     "test": {**both(0.31), "parts": {"encoder": both(0.32), "counts": both(0.33)}},
     "validation": both(0.34),
     "groups": {"activity": {"few": {"users": 10, "from": 1, "to": 5, **both(0.35)}}, "popularity": {"head": {"users": 7, "from": 9, "to": 9, **both(0.36)}}},
-    "baselines": {"popularity": both(0.01), "markov": both(0.02)},
+    "baselines": {"popularity": {"test": both(0.01), "validation": both(0.03), "seconds": 2.0}, "markov": {"test": both(0.02)}},
 }
 DATA = {"data": {"users": 1234, "items": 77, "events": 5678, "fingerprint": "f00d"}}
 COST = {"cost": {"rounds": 12, "users_trained": 300, "seconds": 75.0, "users_per_second": 4.0, "upload_bytes_per_user": 1500, "peak_rss_bytes": 2.5e8}}
@@ -45,11 +45,12 @@ def page(*folders, public=False):
 
 
 def numbers(value):
-    if isinstance(value, dict):
-        return [number for name, part in value.items() for number in (numbers(part) if name in ("all", "unseen") or isinstance(part, dict) else [])] + [
-            part for name, part in value.items() if isinstance(part, float)
-        ]
-    return []
+    """The metrics at any depth."""
+    if not isinstance(value, dict):
+        return []
+    return [part for name, part in value.items() if isinstance(part, float) and name != "seconds"] + [
+        number for part in value.values() for number in numbers(part)
+    ]
 
 
 def rounds(count, **more):
@@ -89,7 +90,7 @@ def parsed(text):
 def test_the_page_holds_every_metric_of_the_report(tmp_path):
     text = page(folder(tmp_path / "run", report={**DATA, **MEASURED}))
     found = numbers(MEASURED)
-    assert len(found) == 10 * 8
+    assert len(found) == 10 * 9
     assert [value for value in found if f"{value:.4f}" not in text] == []
     for words in ("1,234 users", "77 items", "5,678 events", "Encoder alone", "Markov chain", "Few", "1 to 5"):
         assert words in text
@@ -107,7 +108,12 @@ def test_the_page_is_well_formed_and_fetches_nothing(tmp_path):
 
 def test_names_and_settings_are_escaped(tmp_path):
     nasty = "<img src=x onerror=alert(1)>&\"'"
-    report = {**DATA, "test": {**both(0.3), "parts": {nasty: both(0.1)}}, "baselines": {nasty: both(0.2)}, "privacy": {"accountant": nasty, "epsilon": 1.0}}
+    report = {
+        **DATA,
+        "test": {**both(0.3), "parts": {nasty: both(0.1)}},
+        "baselines": {nasty: {"test": both(0.2)}},
+        "privacy": {"accountant": nasty, "epsilon": 1.0},
+    }
     text = page(folder(tmp_path / "<b>run", config={"seed": 1, "preset": nasty}, report={**report, "cost": {nasty: nasty}}))
     assert "<img" not in text
     assert "<b>" not in text
@@ -129,6 +135,12 @@ def test_a_public_page_leaves_out_all_that_was_kept_for_the_researcher(tmp_path)
     assert "Epsilon spent" in public
     assert "ε = 8" in public
     parsed(public)
+
+
+def test_facts_about_the_contrast_stand_on_the_page(tmp_path):
+    text = page(folder(tmp_path / "run", report={**DATA, "contrast": {"negatives": "invented histories", "gradient_ratio": None, "effective_rank": 12.25}}))
+    for words in ("What the contrast does", "Negatives", "invented histories", "Effective rank", "12.25"):
+        assert words in text
 
 
 def test_a_run_without_a_plan_says_that_nothing_is_promised(tmp_path):
@@ -166,7 +178,7 @@ def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
 
 def test_runs_of_the_same_data_share_a_chart_and_a_baseline_stands_once(tmp_path):
     one = folder(tmp_path / "one", report={**DATA, **MEASURED})
-    two = folder(tmp_path / "two", report={**DATA, "test": both(0.5), "baselines": {"popularity": both(0.01), "markov": both(0.03)}})
+    two = folder(tmp_path / "two", report={**DATA, "test": both(0.5), "baselines": {"popularity": {"test": both(0.01)}, "markov": {"test": both(0.04)}}})
     text = page(one, two)
     assert text.count('class="bars"') == 1
     heads = re.findall(r'<th scope="row"><span class="mark \w+"></span>(.*?)</th>', text.split("<h3>Validation")[0])

@@ -6,7 +6,10 @@ def both(value):
     return {"all": {"ndcg@10": value, "hr@10": value * 2}, "unseen": {"ndcg@10": value + 0.01, "hr@10": value * 2 + 0.01}}
 
 
-REPORT = {"test": {**both(0.3), "parts": {"encoder": both(0.1), "counts": both(0.35)}}, "baselines": {"popularity": both(0.01), "my_own": both(0.02)}}
+REPORT = {
+    "test": {**both(0.3), "parts": {"encoder": both(0.1), "counts": both(0.35)}},
+    "baselines": {"popularity": {"test": both(0.01), "validation": both(0.03), "seconds": 1.5}, "my_own": {"test": both(0.02)}},
+}
 
 
 def test_rows_are_baselines_then_parts_then_the_model():
@@ -19,6 +22,7 @@ def test_rows_are_baselines_then_parts_then_the_model():
         ("Federated", "federated"),
     ]
     assert rows[-1].all["ndcg@10"] == 0.3
+    assert [(row.label, row.all["ndcg@10"]) for row in recommenders(REPORT, "validation")] == [("Popularity", 0.03)]
 
 
 def test_a_report_without_results_has_no_rows():
@@ -60,4 +64,4 @@ def test_the_terminal_table_opens_what_a_plan_keeps_for_the_researcher():
 
 
 def test_a_name_that_looks_like_markup_is_printed_as_it_is():
-    assert "[bold]x" in printed({"baselines": {"[bold]x": both(0.1)}}).lower()
+    assert "[bold]x" in printed({"baselines": {"[bold]x": {"test": both(0.1)}}}).lower()
