@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedssl import wire
@@ -69,7 +69,7 @@ def say_hello(grid: Grid, nodes: Iterable[int], seconds: float) -> dict[int, wir
 
     Raises FedSSLError where one does not answer within ``seconds``, fails, or speaks another format.
     """
-    messages = [grid.create_message(RecordDict(), "query.hello", node, "hello", seconds) for node in nodes]
+    messages = [Message(RecordDict(), node, "query.hello", ttl=seconds, group_id="hello") for node in nodes]
     asked = {str(name): message.metadata.dst_node_id for name, message in zip(grid.push_messages(messages), messages, strict=True)}
     waiting, answers = set(asked), {}
     deadline = time.monotonic() + seconds
