@@ -51,13 +51,14 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
     Guarantee: killed at any moment, the folder has the old checkpoints whole, or the new one too, never half of one.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in [*folder.glob(".round-*.new"), *folder.glob(".round-*.old")]:
+        shutil.rmtree(rest, ignore_errors=True)  # A process was killed while it wrote or removed this one.
     state, recipe = checkpoint.state, checkpoint.recipe
     target = folder / name_of(state)
     if target.exists():
         # Whole, by the guarantee, and of the same round: what would be written is what is there.
         return target
     beside = folder / f".{target.name}.new"
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     save_file(to_numpy(state.weights(recipe)), beside / "weights.safetensors")
     save_file(to_numpy(state.memory), beside / "optimizer.safetensors")
@@ -81,7 +82,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
     _sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
         if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            # Renamed first: a removal takes many steps, and what is half removed must not look like a checkpoint.
+            gone = folder / f".{old.name}.old"
+            os.rename(old, gone)
+            shutil.rmtree(gone, ignore_errors=True)
     return target
 
 
@@ -119,6 +123,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from None
     if catalogue.hash != recipe.catalogue or catalogue.num_items != recipe.num_items:
         raise CatalogueMismatch(f"{folder}: catalogue.jsonl is not the one its recipe was made for; a file was replaced, use another checkpoint")
+    if counts is not None:
+        _check_counts(folder / "counts.safetensors", counts, recipe.num_items)
     layout = make_parts(recipe).layout
     _check_shapes(folder / "weights.safetensors", weights, dict(zip(layout.names, layout.shapes, strict=True)))
     expected = make_parts(recipe).optimizer.init(layout.num_weights)
@@ -128,10 +134,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def _check_shapes(path: Path, found: dict[str, NDArray[Any]], wanted: dict[str, tuple[int, ...]]) -> None:
-    shapes = {name: array.shape for name, array in found.items()}
-    if shapes != wanted or any(array.dtype != np.float32 for array in found.values()):
-        odd = next((name for name in sorted({*shapes, *wanted}) if shapes.get(name) != wanted.get(name)), "dtype")
-        raise CheckpointError(f"{path}: '{odd}' is {shapes.get(odd)}, the recipe wants {wanted.get(odd)}; use another checkpoint")
+    kinds = {name: (array.shape, array.dtype.name) for name, array in found.items()}
+    asked = {name: (shape, "float32") for name, shape in wanted.items()}
+    for name in sorted({*kinds, *asked}):
+        if kinds.get(name) != asked.get(name):
+            raise CheckpointError(f"{path}: '{name}' is {kinds.get(name, 'missing')}, the recipe wants {asked.get(name, 'nothing')}; use another checkpoint")
+
+
+def _check_counts(path: Path, counts: Counts, num_items: int) -> None:
+    starts, columns, values = counts.starts, counts.columns, counts.values
+    cells = (len(columns),)
+    is_whole = starts.shape == (num_items + 2,) and [part.dtype.name for part in (starts, columns, values)] == ["int64", "int32", "float32"]
+    is_whole = is_whole and columns.shape == values.shape == cells and starts[0] == 0 and starts[-1] == cells[0] and bool((np.diff(starts) >= 0).all())
+    if not is_whole or (len(columns) and not 1 <= columns.min() <= columns.max() <= num_items):
+        raise CheckpointError(f"{path}: not a matrix of {num_items} items by rows; it was changed, use another checkpoint")
 
 
 def _sync(path: Path) -> None:

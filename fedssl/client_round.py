@@ -100,7 +100,7 @@ def client_round(download: Download, shard: Shard) -> Upload:
       - nothing leaves that the recipe does not declare, and no sum leaves longer than its bound;
       - the same bytes for the same users and chunks, whatever the number of workers.
 
-    Raises WireError for a phase nobody knows or users that do not live here.
+    Raises WireError for a phase nobody knows, users that do not live here, or one that is named twice.
     """
     phase = CLIENT_PHASES.get(download.address.phase)
     if phase is None:
@@ -110,6 +110,9 @@ def client_round(download: Download, shard: Shard) -> Upload:
     places = np.searchsorted(shard.users, users)
     if len(users) and (places.max() >= len(shard.users) or not np.array_equal(shard.users[places], users)):
         raise WireError("the Download names users that this node does not host; the server's map of nodes is out of date, restart the run")
+    if (np.diff(users) <= 0).any():
+        # Named twice, a user would be added twice, beyond the clip.
+        raise WireError("the Download names users out of order, or one twice; users are sorted and distinct")
     sums = phase.run(download, parts, shard, users)
     check_manifest(sums, phase.declared(download.recipe, parts, download.address.exchange), most_users=max(len(users), 1))
     return Upload(address=download.address, recipe=download.recipe.hash, sums=sums)

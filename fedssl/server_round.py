@@ -187,7 +187,7 @@ def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release
     assert config is not None
     total, step = totals.get("counts"), declared_sums(recipe, "counts", num_weights=0)["counts"].step
     width = recipe.num_items + 1
-    sparse = total if isinstance(total, SparseSum) else SparseSum(*(np.zeros(0, np.int32) for _ in range(2)), np.zeros(0, np.int64), (width, width))
+    sparse = total if isinstance(total, SparseSum) else SparseSum(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), (width, width))
     if release.plan is None:
         counts = from_cells(sparse.rows, sparse.columns, sparse.values * step, num_items=recipe.num_items)
     else:

@@ -7,6 +7,7 @@ that begins anew takes back all that rounds >= n did. Entries that a durable che
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -32,7 +33,8 @@ class HeadStore:
         self._folder, self.users, self.width = folder, users, width
         self._entry = np.dtype([("round", "<i8"), ("place", "<i8"), ("old", "<f4", (width,))])
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"format": HEADS_FORMAT, "users": len(users), "width": width}
+        # Which users, not only how many: else one user's head could become another's.
+        about = {"format": HEADS_FORMAT, "users": len(users), "width": width, "whose": _digest(users)}
         path, meta = folder / "user-vector.f32", folder / "heads.json"
         if meta.exists():
             try:
@@ -82,7 +84,10 @@ class HeadStore:
         places = self._places(users_U)
         entries = np.empty(len(places), dtype=self._entry)
         entries["round"], entries["place"], entries["old"] = round, places, self._heads[places]
-        with self._journal.open("ab") as file:
+        with self._journal.open("r+b" if self._journal.exists() else "wb") as file:
+            # Behind the last whole entry: what a full disk cut short is written over.
+            file.truncate(len(self._entries) * self._entry.itemsize)
+            file.seek(0, os.SEEK_END)
             file.write(entries.tobytes())
         self._entries = np.concatenate([self._entries, entries])
         self._first = min(self._first, round)
@@ -108,3 +113,7 @@ class HeadStore:
             with self._journal.open("r+b") as file:
                 file.truncate(whole)
         return np.frombuffer(raw[:whole], dtype=self._entry).copy()
+
+
+def _digest(users: NDArray[np.int64]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(users, dtype="<i8").data).hexdigest()[:16]

@@ -28,6 +28,8 @@ from fedssl_server.admission import admit
 
 REPLIES_AT_ONCE = 4
 """Replies asked for in one pull: a deployed Grid downloads all that are ready into a list."""
+SHORTEST_PULL_SECONDS, PAUSE_SECONDS = 0.045, 0.2
+"""A pull that found nothing sooner than that is followed by a pause, so that the loop does not spin."""
 
 
 @dataclass(frozen=True)
@@ -177,14 +179,15 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         for index, node in enumerate(run.node_ids):
             if node in chosen:
                 users = None if hosts_one[index] else chosen[node]
-                messages.append(grid.create_message(wire.with_users(content, users), "train", node, f"{address.phase} {address.round}"))
+                group = f"{address.phase} {address.round}"
+                messages.append(grid.create_message(wire.with_users(content, users), "train", node, group, ttl=run.deadline_seconds))
                 asked[node] = len(chosen[node])
         down += sum(array.nbytes for array in tensors.values()) * len(messages)
-        for reply in _replies(grid, messages, run.deadline_seconds):
-            if isinstance(reply, float):
-                waited += reply
+        for item in _replies(grid, messages, run.deadline_seconds):
+            if isinstance(item, float):
+                waited += item
                 continue
-            node = reply.metadata.src_node_id
+            node, reply = item
             try:
                 upload = _upload_of(reply)
                 admit(upload, address=address, recipe=run.recipe.hash, declared=declared, most_users=asked.pop(node, 0))
@@ -195,7 +198,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             add(totals, upload)
         for node in asked:
             if node not in refused:
-                refused[node] = "no answer before the deadline"
+                refused[node] = "not reached, or no answer before the deadline"
         if chosen and not totals:
             node, why = next(iter(refused.items()))
             raise AllUploadsRefused(
@@ -219,20 +222,28 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
     )
 
 
-def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None) -> Iterator[Message | float]:
-    """Each reply as it arrives, and between them the seconds that were waited (floats); ends at the deadline."""
-    missing = list(grid.push_messages(messages)) if messages else []
+def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None) -> Iterator[tuple[int, Message] | float]:
+    """Each reply as it arrives, with the node that was asked; between them the seconds that were waited; ends at the deadline."""
+    names = list(grid.push_messages(messages)) if messages else []
+    # A deployed Grid has no name for a message that it could not push. Who was asked, not who says that they answer, counts.
+    node_of = {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
+    missing = list(node_of)
     ends = None if deadline_seconds is None else time.monotonic() + deadline_seconds
     while missing and (ends is None or time.monotonic() < ends):
         before = time.perf_counter()
         replies = list(grid.pull_messages(missing[:REPLIES_AT_ONCE]))
+        spent = time.perf_counter() - before
+        if not replies and spent < SHORTEST_PULL_SECONDS:
+            # A deployed Grid answers at once; the in-process one waits by itself.
+            time.sleep(PAUSE_SECONDS)
         yield time.perf_counter() - before
         if not replies:
             # Nothing yet: ask for others next, so that a slow node does not hold up those behind it.
             missing = missing[REPLIES_AT_ONCE:] + missing[:REPLIES_AT_ONCE]
         for reply in replies:
-            missing.remove(reply.metadata.reply_to_message_id)
-            yield reply
+            name = reply.metadata.reply_to_message_id
+            missing.remove(name)
+            yield node_of[name], reply
 
 
 def _upload_of(reply: Message) -> Upload:

@@ -122,24 +122,32 @@ def _simulate(
     plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
     phases = phases_of(recipe)
     _check_same_data(folder, about, dataset)
-    if plan is not None and keys is None:
-        keys = read_keys(folder) if (folder / "secrets").exists() or about else make_keys(folder)
+    # First of all: from here on, whatever happens, the folder is one that can be resumed.
     if not about:
         about = {"run": uuid4().hex, "fingerprint": histories.fingerprint, "catalogue": dataset.catalogue.hash, **versions()}
         write_run(config, folder / "run.toml", **about)
     state = _last_state(folder, recipe, dataset) or first_state(recipe)
     ledger = Ledger(folder / "ledger.jsonl") if plan is not None else None
     if ledger is not None:
+        if keys is None:
+            # Keys are made before anything is charged; a run that was charged goes on with its own or not at all.
+            has_begun = bool(state.phase or ledger.charged())
+            keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
         ledger.merge(state.charged)
     cut_back(folder / "metrics.jsonl", phase=state.phase, round=state.round, phases=[phase.name for phase in phases])
 
     shards = make_shards(dataset, config, folder / "heads")
-    nodes: dict[int, dict[str, bool | float | int | str | bytes]] = {index + 1: {"partition-id": index} for index in shards}
+    nodes: dict[int, dict[str, bool | float | int | str]] = {index + 1: {"partition-id": index} for index in shards}
     node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
     run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, plan, keys if plan is not None else None, ledger)
     rounds = {phase.name: phase.rounds for phase in phases}
     settled = state.round if state.phase == "training" else 0
     last_written = time.monotonic()
+    for shard in shards.values():
+        store = shard.heads(recipe)
+        if store is not None:
+            # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
+            store.begin(settled + 1, settled=settled)
 
     def save(state: State) -> None:
         nonlocal settled, last_written
@@ -160,7 +168,10 @@ def _simulate(
             model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
             validation = evaluate(model, histories, "validation", users=_sample(config, histories.num_users), ks=config.evaluation.ks).summary()
         epsilon = plan.epsilon(state.charged) if plan is not None else None
-        append_line(folder / "metrics.jsonl", _metrics_line(facts, shards, validation, epsilon, plan_cohort=plan and plan.expected_cohort(facts.phase)))
+        append_line(
+            folder / "metrics.jsonl",
+            _metrics_line(facts, shards, validation, epsilon, plan_cohort=plan.expected_cohort(facts.phase) if plan is not None else None),
+        )
         due = config.system.checkpoint_seconds and time.monotonic() - last_written >= config.system.checkpoint_seconds
         if facts.phase != "training" or is_last or facts.round % config.system.checkpoint_every == 0 or due:
             save(state)
@@ -220,11 +231,13 @@ def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.i
 def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State, recipe: Recipe, model: Recommender) -> dict[str, Any]:
     """report.json of a finished run: test and validation over all users, groups, cost."""
     histories = dataset.histories
-    ranks: dict[str, Ranks] = {split: evaluate(model, histories, split, ks=config.evaluation.ks) for split in ("test", "validation")}  # type: ignore[arg-type]
+    ranks: dict[str, Ranks] = {split: evaluate(model, histories, split, ks=config.evaluation.ks) for split in ("test", "validation")}
     lines = read_lines(folder / "metrics.jsonl")
     trained = sum(line["users"] for line in lines if line["phase"] == "training")
     seconds = sum(line["seconds"] for line in lines)
     counted = max(sum(line["users"] for line in lines), 1)
+    seen = [line.get("researcher_only", line) for line in lines]
+    moved = {f"{way}_bytes_per_user": sum(line[f"{way}_bytes"] for line in seen) / counted for way in ("upload", "download")}
     return {
         "data": {
             "users": histories.num_users,
@@ -240,8 +253,7 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State,
             "users_trained": trained,
             "seconds": seconds,
             "users_per_second": trained / seconds if seconds else 0.0,
-            "upload_bytes_per_user": sum(line["upload_bytes"] for line in lines) / counted,
-            "download_bytes_per_user": sum(line["download_bytes"] for line in lines) / counted,
+            **(moved if not recipe.privacy.has_plan else {"researcher_only": moved}),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }
@@ -286,8 +298,8 @@ def _metrics_line(
         seen["validation"] = validation
     line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
     line["users"] = facts.users if plan_cohort is None else plan_cohort
-    line["upload_bytes"], line["download_bytes"] = facts.upload_bytes, facts.download_bytes
-    line["refused"] = len(facts.refused)
+    # Bytes depend on who was asked, and those of sparse counts on the histories: not released through the plan.
+    seen |= {"upload_bytes": facts.upload_bytes, "download_bytes": facts.download_bytes, "refused": len(facts.refused)}
     if epsilon is not None:
         return {**line, "epsilon": epsilon, "researcher_only": {**seen, "cohort": facts.users}}
     return {**line, **seen}

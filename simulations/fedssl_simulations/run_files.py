@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import copy
 import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -13,6 +13,7 @@ import tomli_w
 
 from fedssl.config import RunConfig, check
 from fedssl.errors import ConfigError
+from fedssl_simulations.run_folder import write_whole
 
 
 def presets() -> dict[str, str]:
@@ -29,14 +30,16 @@ def read_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
     """A run from a TOML file, a preset's name, or a mapping.
 
     ``overrides``: ``section.key=value`` each, the value as TOML or, where it is not TOML, as text; ``task.0.weight=0.1``
-    reaches into lists. A file may begin with ``preset = "name"`` and change only what it names.
+    reaches into lists. A file may begin with ``preset = "name"`` and change only what it names; the run.toml of a run
+    folder is whole, so it is taken as it is and begins the same run anew.
     Raises ConfigError that says where, what came, what was wanted.
     """
     if isinstance(source, Mapping):
-        where, values = "run", dict(source)
+        where, values = "run", copy.deepcopy(dict(source))
     else:
         where, values = _read(source)
-    if isinstance(values.get("preset"), str) and values["preset"]:
+    is_whole = values.pop("about", None) is not None
+    if isinstance(values.get("preset"), str) and values["preset"] and not is_whole:
         values = _merge(_preset(values["preset"], where), values)
     for text in overrides:
         _override(values, text)
@@ -48,9 +51,7 @@ def read_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
 def write_run(config: RunConfig, path: Path, **about: Any) -> None:
     """The resolved config and ``about`` (versions, fingerprint, run id) as TOML, written beside and renamed."""
     values = _without_none(config.model_dump(mode="json"))
-    beside = path.with_suffix(".new")
-    beside.write_text(tomli_w.dumps({"about": _without_none(about), **values}), encoding="utf-8")
-    os.replace(beside, path)
+    write_whole(path, tomli_w.dumps({"about": _without_none(about), **values}))
 
 
 def read_written_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -105,6 +106,9 @@ def _override(values: dict[str, Any], text: str) -> None:
         parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
     except tomllib.TOMLDecodeError:
         parsed = value.strip()
+    if path[0] == "task" and len(path) > 1:
+        # The default list written out, so that a number reaches into it.
+        values.setdefault("task", [task.model_dump() for task in RunConfig().task])
     here: Any = values
     for part in path[:-1]:
         try:

@@ -12,6 +12,9 @@ from typing import Any
 
 from fedssl.errors import RunFolderError
 
+# What a process leaves that was killed before run.toml was there: nothing that could be resumed.
+_BEFORE_A_RUN = ("run.lock", "run.toml.new")
+
 
 @contextmanager
 def claim(folder: Path, *, resume: bool) -> Iterator[Path]:
@@ -22,7 +25,7 @@ def claim(folder: Path, *, resume: bool) -> Iterator[Path]:
     holds_run = (folder / "run.toml").exists()
     if resume and not holds_run:
         raise RunFolderError(f"{folder}: no run.toml, so there is no run to resume here; start one with --out {folder}")
-    if not resume and folder.exists() and (not folder.is_dir() or any(entry.name != "run.lock" for entry in folder.iterdir())):
+    if not resume and folder.exists() and (not folder.is_dir() or any(entry.name not in _BEFORE_A_RUN for entry in folder.iterdir())):
         raise RunFolderError(f"{folder}: not empty; resume that run with --resume {folder}, or choose another --out")
     try:
         folder.mkdir(parents=True, exist_ok=True)
