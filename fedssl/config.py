@@ -55,9 +55,7 @@ class TaskConfig(Settings):
 
     name: str = Field(description="A task that ships (next-item, contrastive), or package.module:name")
     weight: float = Field(1.0, ge=0.0, description="Factor of this task's loss in the sum; 0: not computed")
-    negatives: int = Field(
-        0, ge=0, description="next-item: negatives drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories"
-    )
+    negatives: int = Field(0, ge=0, description="next-item: drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories")
     temperature: float = Field(0.5, gt=0.0, description="contrastive: divisor of cosine similarities")
     keep: float = Field(0.6, gt=0.0, le=1.0, description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place")
 
@@ -69,14 +67,13 @@ class CountsConfig(Settings):
     decay: float = Field(0.5, gt=0.0, le=1.0, description="A pair k events apart weighs decay^(k-1)")
     context: int = Field(3, ge=1, description="How many of the newest events are read when scoring")
     context_decay: float = Field(0.5, gt=0.0, le=1.0, description="The j-th newest event weighs context_decay^(j-1)")
-    form: Literal["log1p", "log-lift"] = Field(
-        "log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed by scale"
-    )
+    form: Literal["log1p", "log-lift"] = Field("log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed")
     scale: float = Field(10.0, gt=0.0, description="log1p: factor inside the logarithm; log-lift: pseudo-counts")
+    prior: float = Field(1.5, ge=0.0, description="log-lift: factor of the log popularity added to the lift; more than 1 favours what many people take")
     strength: float = Field(1.0, ge=0.0, description="Factor of the counts' score beside the encoder's; 0: encoder alone")
     top: int = Field(0, ge=0, description="Cells kept of each row, largest first; 0: all")
     clip_norm: float | None = Field(
-        None, gt=0.0, description="L2 norm, over all cells, to which every user's counts are shortened; None: raw counts (refused under a plan)"
+        None, gt=0.0, description="L2 norm over all cells to which every user's counts are shortened; None: raw counts, refused under a plan"
     )
     share: float = Field(0.85, gt=0.0, lt=1.0, description="Share of the privacy budget (of 1/z^2) that the counts take under a plan with a target epsilon")
 
@@ -104,7 +101,7 @@ class ServerConfig(Settings):
     rounds: int = Field(100, ge=1, description="Training rounds")
     cohort: float = Field(64, gt=0, description="Expected users a round")
     sampling: Literal["passes", "poisson"] = Field(
-        "passes", description="passes: each user once a pass, in shuffled order (refused under a plan); poisson: a coin a user"
+        "passes", description="passes: each user once a pass, shuffled, refused under a plan; poisson: a coin a user"
     )
     weighting: Literal["equal", "positions"] = Field("equal", description="equal: users weigh alike; positions: by trained positions (refused under a plan)")
     optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam), or package.module:name")

@@ -122,14 +122,15 @@ class CountsScorer:
     """Scores of all items after a history, from counts.
 
     log1p: ``log(1 + scale * c)`` with ``c`` the decayed sum of the newest events' rows (`tasks.md`). log-lift: the decayed sum
-    of ``log(1 + count / (scale * share of the column))``, plus the log of the share: the log of observed over expected.
+    of ``log(1 + count / (scale * share of the column))``, plus ``prior`` times the log of the share: observed over expected,
+    times how popular an item is anyway.
     """
 
     def __init__(self, counts: Counts, config: CountsConfig):
         self._counts, self._config = counts, config
         mass = np.bincount(counts.columns, counts.values, minlength=counts.num_items + 1) + 1e-3
         share = (mass / mass[1:].sum()).astype(np.float32)
-        self._prior = np.log(share)
+        self._prior = (config.prior * np.log(share)).astype(np.float32)
         self._cells = np.log1p(counts.values / (config.scale * share[counts.columns])) if config.form == "log-lift" else counts.values
 
     def __call__(self, histories: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedssl import wire
-from fedssl.errors import AllUploadsRefused, UploadRefused, WireError
+from fedssl.errors import AllUploadsRefused, ConfigError, UploadRefused, WireError
 from fedssl.privacy.keys import Keys, cohort_by_coins, cohort_of_pass, draw_cohort
 from fedssl.privacy.ledger import Ledger, begin_attempt, hmac_of_totals, may_draw_noise, new_attempt
 from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP
@@ -107,6 +107,9 @@ def run_rounds(
     Raises BudgetSpent before a round that would break the promise, AllUploadsRefused when nothing could be used.
     """
     phases = phases if phases is not None else phases_of(run.recipe)
+    for phase in phases:
+        if run.plan is not None and phase.exchanges > 1:
+            raise ConfigError(f"phase '{phase.name}' has {phase.exchanges} exchanges; under a plan only the last one's sums are noised, so only one may be")
     names = [phase.name for phase in phases]
     begin = names.index(state.phase) if state.phase in names else 0
     for phase in phases[begin:]:

@@ -1,0 +1,368 @@
+"""The `fedssl` command: read, call one function, print, leave. Sub-commands load what they need when they are called.
+
+Exit codes: 0 done, 1 the user must act (one line on stderr), 2 wrong usage, 130 interrupted and resumable.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedssl.errors import FedSSLError
+
+if TYPE_CHECKING:
+    from fedssl_simulations.run import Progress, Run
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a data set; make one of any size.")
+cli.add_typer(data, name="data")
+
+Source = Annotated[str, typer.Argument(metavar="RUN.toml", help="A run's settings, or the name of a preset (`fedssl presets`)")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated")]
+Seed = Annotated[int | None, typer.Option(help="Another seed than the run's own")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a program")]
+Split = Annotated[str, typer.Option(help="test or validation")]
+
+
+def main() -> None:
+    """The door: errors that a person must act on become one line and exit code 1."""
+    try:
+        cli(standalone_mode=False)
+    except FedSSLError as error:
+        _fail(f"error: {error}", 1)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except Exception as error:
+        # Click's own usage errors know how to show themselves; anything else is a bug and keeps its traceback.
+        show = getattr(error, "show", None)
+        if show is None:
+            raise
+        show()
+        sys.exit(getattr(error, "exit_code", 2))
+
+
+@cli.command()
+def simulate(
+    source: Annotated[str | None, typer.Argument(metavar="RUN.toml", help="A run's settings, or a preset's name; not with --resume")] = None,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all that the run leaves; made anew")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder")] = None,
+    seed: Seed = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Also run the baselines and put them into the report")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train with every user on this machine; write checkpoints and a report.
+
+    Example: fedssl simulate ml-1m --set data.path=ml-1m.inter.gz --out runs/first
+    """
+    from fedssl_simulations.run import simulate as run_simulation
+    from fedssl_simulations.run_files import read_run
+
+    if (source is None) == (resume is None):
+        raise typer.BadParameter("give a RUN.toml (or a preset's name), or --resume DIR, not both")
+    config = read_run(source, overrides or (), seed=seed) if source is not None else None
+    with _stop_after_this_round() as should_stop, _progress(quiet or as_json) as on_progress:
+        run = run_simulation(config, out=out, resume=resume, on_progress=on_progress, should_stop=should_stop)
+    if not run.is_finished:
+        _fail(f"stopped after {run.state.phase} round {run.state.round}; go on with: fedssl simulate --resume {run.folder}", 130)
+    if baselines:
+        _add_baselines(run, quiet or as_json)
+    _finish(run, as_json)
+
+
+@cli.command()
+def baselines(
+    source: Source,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for baselines.json")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Run this baseline alone; may be repeated")] = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Popularity, Markov, counts alone, each user alone, central training: same data, same protocol, same table.
+
+    Example: fedssl baselines ml-1m --only popularity --only markov
+    """
+    from fedssl.data.dataset import load_dataset
+    from fedssl_simulations.baselines import NAMES, run_baselines
+    from fedssl_simulations.run_files import read_run
+    from fedssl_simulations.run_folder import write_whole
+
+    unknown = set(only or ()) - set(NAMES)
+    if unknown:
+        raise typer.BadParameter(f"there is no baseline '{unknown.pop()}'; there is {', '.join(NAMES)}")
+    config = read_run(source, overrides or (), seed=seed)
+    rows = run_baselines(config, load_dataset(config.data), names=tuple(only or NAMES), on_done=_say_baseline(quiet or as_json))
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_whole(out / "baselines.json", json.dumps(rows, indent=1))
+    _print_results({"baselines": rows}, as_json)
+
+
+@cli.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder like RUN/checkpoints/round-000120")],
+    source: Source,
+    overrides: Overrides = None,
+    split: Split = "test",
+    as_json: AsJson = False,
+) -> None:
+    """Metrics of a checkpoint on a run's data, without personal heads.
+
+    Example: fedssl evaluate runs/first/checkpoints/round-001805 ml-1m
+    """
+    from fedssl.checkpoints import read_checkpoint
+    from fedssl.data.dataset import load_dataset
+    from fedssl.errors import CatalogueMismatch
+    from fedssl.evaluation import evaluate as rank
+    from fedssl.recommender import Recommender
+    from fedssl_simulations.run_files import read_run
+
+    if split not in ("test", "validation"):
+        raise typer.BadParameter(f"--split {split}: wanted test or validation")
+    found = read_checkpoint(checkpoint)
+    config = read_run(source, overrides or ())
+    dataset = load_dataset(config.data)
+    if dataset.catalogue.hash != found.catalogue.hash:
+        raise CatalogueMismatch(
+            f"{checkpoint}: trained on a catalogue of {found.catalogue.num_items} items, {config.data.path} has another one of "
+            f"{dataset.catalogue.num_items}; give the data set it was trained on, or its catalogue as data.catalogue"
+        )
+    model = Recommender(found.recipe, found.state.weights(found.recipe), found.state.counts)
+    _print_results({split: rank(model, dataset.histories, split, ks=config.evaluation.ks).summary()}, as_json)  # type: ignore[arg-type]
+
+
+@cli.command()
+def recommend(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder like RUN/checkpoints/round-000120")],
+    item: Annotated[list[str] | None, typer.Option(help="An item of the history, oldest first; may be repeated")] = None,
+    history: Annotated[Path | None, typer.Option(help="A file with one item a line, oldest first")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many items")] = 10,
+    include_seen: Annotated[bool, typer.Option("--include-seen", help="Recommend items of the history too")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What comes next after a history: tokens in, tokens (and titles, where known) out.
+
+    Example: fedssl recommend runs/first/checkpoints/round-001805 --item "Toy Story (1995)" -k 5
+    """
+    from fedssl.checkpoints import read_checkpoint
+    from fedssl_simulations.recommend import recommend as best_items
+
+    tokens = list(item or ())
+    if history is not None:
+        try:
+            tokens += [line for line in history.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"--history {history}: cannot be read ({error})") from None
+    if not tokens:
+        raise typer.BadParameter("give a history: --item TOKEN (repeated), or --history FILE")
+    found = best_items(read_checkpoint(checkpoint), tokens, k=k, include_seen=include_seen)
+    if as_json:
+        typer.echo(json.dumps(found))
+    for place, row in enumerate(() if as_json else found, start=1):
+        typer.echo(f"{place:3d}. {row['title']}" + (f"  [{row['item']}]" if row["title"] != row["item"] else ""))
+
+
+@cli.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders")],
+    out: Annotated[Path, typer.Option(help="The page")] = Path("page.html"),
+    public: Annotated[bool, typer.Option("--public", help="Leave out what is for the researcher only")] = False,
+) -> None:
+    """One self-contained page from what one or many runs left behind.
+
+    Example: fedssl report runs/first runs/second --out page.html
+    """
+    from fedssl_simulations.report import write_report
+
+    write_report(runs, out, public=public)
+    typer.echo(str(out))
+
+
+@cli.command()
+def presets() -> None:
+    """List the presets that ship; a preset's name works wherever RUN.toml does.
+
+    Example: fedssl presets
+    """
+    from fedssl_simulations.run_files import presets as shipped
+
+    for name, about in shipped().items():
+        typer.echo(f"{name:16s} {about}")
+
+
+@data.command()
+def describe(
+    path: Annotated[str, typer.Argument(help="A file of histories, or a store; a bare name is also looked up in $FEDSSL_DATA")],
+    min_events: Annotated[int, typer.Option(min=1, help="Filter users and items with fewer events")] = 5,
+    file_format: Annotated[str, typer.Option("--format", help="auto, inter, lines, or package.module:name")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What a careful person wants to know first.
+
+    Example: fedssl data describe ml-1m.inter.gz
+    """
+    from fedssl.config import DataConfig
+    from fedssl.data.describe import describe as facts_of
+    from fedssl.data.describe import describe_text
+
+    facts = facts_of(DataConfig(path=path, min_events=min_events, format=file_format))
+    typer.echo(json.dumps(facts) if as_json else describe_text(facts))
+
+
+@data.command()
+def synthesize(
+    out: Annotated[Path, typer.Argument(help="File to write, one line a user; a name ending in .inter gets RecBole's format")],
+    users: Annotated[int, typer.Option(min=1)] = 2000,
+    items: Annotated[int, typer.Option(min=2)] = 500,
+    seed: Annotated[int, typer.Option(min=0)] = 1,
+) -> None:
+    """Make histories with structure worth learning: Zipf popularity, tastes that drift, item-to-item habits.
+
+    Example: fedssl data synthesize demo/histories.txt --users 2000
+    """
+    from fedssl.data.readers import write_inter, write_lines
+    from fedssl.data.synthetic import synthesize as make
+
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists; choose another name")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    interactions = make(users, items, seed)
+    (write_inter if ".inter" in out.suffixes else write_lines)(interactions, out)
+    typer.echo(f"{out}: {users:,} users, {len(interactions.item_tokens):,} items, {interactions.num_events:,} events")
+
+
+# ---- printing ----
+
+
+def _finish(run: Run, as_json: bool) -> None:
+    from fedssl_simulations.report import write_report
+
+    page = run.folder / "report.html"
+    write_report([run.folder], page)
+    _print_results(run.report, as_json)
+    if as_json:
+        return
+    contrast = (run.report.get("researcher_only") or run.report).get("contrast")
+    if contrast is not None:
+        ratio = "none" if contrast["gradient_ratio"] is None else f"{contrast['gradient_ratio']:.4f}"
+        typer.echo(
+            f"contrast: {contrast['form']}; negatives: {contrast['negatives']}; weight {contrast['weight']:g}\n"
+            f"  users with a non-zero contrastive gradient: {contrast['nonzero_share']:.1%} of {contrast['users']}; "
+            f"norm over the next item's: {ratio}; effective rank {contrast['effective_rank']:.1f} of {contrast['width']}"
+        )
+    cost = run.report["cost"]
+    typer.echo(
+        f"{cost['rounds']} rounds in {cost['seconds']:.0f} s, {cost['users_per_second']:.0f} users a second, "
+        f"peak {cost['peak_rss_bytes'] / 1e6:.0f} MB\ncheckpoint: {sorted((run.folder / 'checkpoints').glob('round-*'))[-1]}\nreport: {page}"
+    )
+
+
+def _add_baselines(run: Run, quiet: bool) -> None:
+    from fedssl_simulations.baselines import run_baselines
+    from fedssl_simulations.run_folder import write_whole
+
+    rows = run_baselines(run.config, run.dataset, on_done=_say_baseline(quiet))
+    place = run.report.get("researcher_only", run.report)
+    place["baselines"] = rows
+    write_whole(run.folder / "report.json", json.dumps(run.report, indent=1))
+
+
+def _say_baseline(quiet: bool) -> Any:
+    def say(name: str, row: dict[str, Any]) -> None:
+        if not quiet:
+            typer.echo(f"{name}: {row['seconds']:.1f} s", err=True)
+
+    return say
+
+
+def _print_results(found: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+
+    from fedssl_simulations.tables import results_table
+
+    Console().print(results_table(found))
+
+
+@contextmanager
+def _stop_after_this_round() -> Iterator[Any]:
+    """The first Ctrl-C asks the run to stop after the round at hand; the second one interrupts at once."""
+    asked = False
+
+    def ask(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        typer.echo("stopping after this round; press Ctrl-C again to stop at once (the last checkpoint stays)", err=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Any]:
+    """A progress bar on a terminal, plain lines in a pipe, nothing where quiet."""
+    if quiet:
+        yield lambda progress: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[said]}"), TimeRemainingColumn())
+        with Bar(*columns, console=Console(stderr=True)) as bar:
+            tasks: dict[str, Any] = {}
+
+            def show(progress: Progress) -> None:
+                name = progress.facts.phase
+                if name not in tasks:
+                    tasks[name] = bar.add_task(name, total=progress.rounds, said="")
+                bar.update(tasks[name], completed=progress.facts.round, said=_said(progress))
+                if progress.validation is not None:
+                    bar.console.print(f"round {progress.facts.round}: {_quality(progress)}")
+
+            yield show
+    else:
+
+        def line(progress: Progress) -> None:
+            number, every = progress.facts.round, max(progress.rounds // 20, 1)
+            if number % every == 0 or number == progress.rounds or progress.validation is not None:
+                quality = f" {_quality(progress)}" if progress.validation is not None else ""
+                typer.echo(f"{progress.facts.phase} {number}/{progress.rounds} {_said(progress)}{quality}", err=True)
+
+        yield line
+
+
+def _said(progress: Progress) -> str:
+    loss = "" if progress.facts.loss is None else f"loss {progress.facts.loss:.3f}"
+    return loss if progress.epsilon is None else f"epsilon {progress.epsilon:.3f}"
+
+
+def _quality(progress: Progress) -> str:
+    found = progress.validation or {}
+    return f"validation NDCG@10 all {found['all']['ndcg@10']:.4f}, unseen {found['unseen']['ndcg@10']:.4f}"
+
+
+def _fail(message: str, code: int) -> None:
+    typer.echo(message, err=True)
+    sys.exit(code)
