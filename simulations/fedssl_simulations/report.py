@@ -198,7 +198,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     cost = run.report.get("cost") or {}
     if "upload_bytes_per_user" in cost:
         seconds = f", {_duration(cost['seconds'])} in all" if "seconds" in cost else ""
-        cards.append(("Upload a user", _bytes(cost["upload_bytes_per_user"]), f"{cost.get('rounds', 0):,} rounds{seconds}"))
+        cards.append(("Upload, per user and round", _bytes(cost["upload_bytes_per_user"]), f"{cost.get('rounds', 0):,} rounds{seconds}"))
     return cards
 
 
