@@ -329,6 +329,8 @@ def _plain(array: NDArray[Any], *, name: str) -> NDArray[Any]:
 def _view(data: bytes | bytearray, dtype: str, shape: tuple[int, ...], *, name: str) -> NDArray[Any]:
     """The numbers in ``data``, not copied."""
     kind = np.dtype(dtype).newbyteorder("<")
-    if not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 32 or len(data) != math.prod(shape) * kind.itemsize:
+    is_shape = len(shape) <= 32 and all(type(size) is int and size >= 0 for size in shape)
+    # numpy refuses (0, 2^62, 2^62) too, although it holds nothing.
+    if not is_shape or len(data) != math.prod(shape) * kind.itemsize or math.prod(size or 1 for size in shape) * kind.itemsize >= 2**63:
         raise WireError(f"record: tensor {_quote(name)} has {len(data)} bytes, which is not {dtype} of shape {_quote(shape)}")
     return np.frombuffer(data, kind).reshape(shape)

@@ -270,6 +270,20 @@ def test_a_message_that_was_tampered_with_gives_a_record_or_a_wire_error(record:
             continue
 
 
+@pytest.mark.parametrize("shape", [(0, 2**31, 2**31, 2**31), (0, 2**62), (0, -1), (2**63,), (1,) * 33, (1, 1)])
+def test_a_shape_that_no_array_can_have_is_a_wire_error(shape: tuple[int, ...]):
+    content = wire.to_record_dict(DOWNLOAD)
+    held = content["tensors"]
+    assert isinstance(held, ArrayRecord)
+    held["tensor/items"] = Array("float32", shape, wire._STYPE, b"")
+    with pytest.raises(WireError, match="tensor 'tensor/items' has 0 bytes"):
+        wire.download_from_record_dict(content)
+    metadata = {"fedssl": wire._take_apart(DOWNLOAD)[0]}
+    header = json.dumps({"__metadata__": metadata, "tensor/items": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    with pytest.raises(WireError):
+        wire.download_from_bytes(struct.pack("<Q", len(header)) + header)
+
+
 @pytest.mark.parametrize(
     "content",
     [
