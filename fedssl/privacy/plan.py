@@ -133,8 +133,8 @@ class Plan:
         ]
         terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
         promise = (
-            f"Whatever a user did, the released models are nearly as likely as if that user had never taken part: "
-            f"epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
+            f"Whatever a user did, any released model is at most e^{self.promised:.3g} times as likely as if that user had never taken part, "
+            f"but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
         )
         return "\n".join([promise, *sums, *self._caveats()])
 

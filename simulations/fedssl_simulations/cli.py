@@ -227,6 +227,7 @@ def synthesize(
     out: Annotated[Path, typer.Argument(help="File to write, one line a user; a name ending in .inter gets RecBole's format")],
     users: Annotated[int, typer.Option(min=1)] = 2000,
     items: Annotated[int, typer.Option(min=2)] = 500,
+    events: Annotated[float, typer.Option(min=5, help="Mean events a user, at most a quarter of the items")] = 40.0,
     seed: Annotated[int, typer.Option(min=0)] = 1,
 ) -> None:
     """Make histories with structure worth learning: Zipf popularity, tastes that drift, item-to-item habits.
@@ -239,7 +240,7 @@ def synthesize(
     if out.exists():
         raise typer.BadParameter(f"{out} exists; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    interactions = make(users, items, seed)
+    interactions = make(users, items, seed, mean_events=events)
     (write_inter if ".inter" in out.suffixes else write_lines)(interactions, out)
     typer.echo(f"{out}: {users:,} users, {len(interactions.item_tokens):,} items, {interactions.num_events:,} events")
 

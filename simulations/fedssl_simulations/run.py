@@ -32,6 +32,7 @@ from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import take_users
 from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
+from fedssl.parts import make_parts
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import make_plan
@@ -235,7 +236,8 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State,
     lines = read_lines(folder / "metrics.jsonl")
     trained = sum(line["users"] for line in lines if line["phase"] == "training")
     seconds = sum(line["seconds"] for line in lines)
-    counted = max(sum(line["users"] for line in lines), 1)
+    num_weights = make_parts(recipe).layout.num_weights
+    scalars = 0 if config.privacy.has_plan else 16
     seen = [line.get("researcher_only", line) for line in lines]
     moved = {f"{way}_bytes_per_user": sum(line[f"{way}_bytes"] for line in seen) / counted for way in ("upload", "download")}
     return {

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedssl_simulations.cli import main
+
+TINY = """
+[data]
+path = "{path}"
+[encoder]
+width = 8
+blocks = 1
+heads = 1
+hidden = 8
+window = 10
+[counts]
+lags = 1
+[server]
+rounds = 3
+cohort = 20
+[system]
+workers = 1
+"""
+
+
+def fedssl(*words: str | Path) -> int:
+    """The exit code of a command, run in this process."""
+    before, sys.argv = sys.argv, ["fedssl", *map(str, words)]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with histories, a RUN.toml and a finished run."""
+    folder = tmp_path_factory.mktemp("cli")
+    assert fedssl("data", "synthesize", folder / "h.txt", "--users", "60", "--items", "70", "--events", "12") == 0
+    (folder / "run.toml").write_text(TINY.format(path=folder / "h.txt"))
+    assert fedssl("simulate", folder / "run.toml", "--out", folder / "run", "--quiet") == 0
+    return folder
+
+
+def checkpoint(folder: Path) -> Path:
+    return folder / "run" / "checkpoints" / "round-000003"
+
+
+def test_a_run_leaves_every_file_that_is_promised(tiny: Path):
+    for name in ("run.toml", "metrics.jsonl", "report.json", "report.html"):
+        assert (tiny / "run" / name).stat().st_size > 0
+    for name in ("weights.safetensors", "optimizer.safetensors", "counts.safetensors", "recipe.json", "catalogue.jsonl", "state.json"):
+        assert (checkpoint(tiny) / name).stat().st_size > 0
+    report = json.loads((tiny / "run" / "report.json").read_text())
+    assert {"hr@5", "hr@10", "ndcg@10", "mrr"} <= set(report["test"]["all"])
+    assert set(report["test"]["parts"]) == {"encoder", "counts"}
+    assert report["cost"]["rounds"] == 3
+
+
+def test_evaluate_prints_the_numbers_of_the_report(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    assert fedssl("evaluate", checkpoint(tiny), tiny / "run.toml", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["test"] == json.loads((tiny / "run" / "report.json").read_text())["test"]
+
+
+def test_recommend_takes_tokens_and_gives_tokens_it_was_not_given(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    tokens = (tiny / "h.txt").read_text().splitlines()[0].split()[1:4]
+    capsys.readouterr()
+    assert fedssl("recommend", checkpoint(tiny), *(word for token in tokens for word in ("--item", token)), "-k", "5", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found) == 5
+    assert not {row["item"] for row in found} & set(tokens)
+    (tiny / "history").write_text("\n".join(tokens))
+    assert fedssl("recommend", checkpoint(tiny), "--history", tiny / "history", "-k", "5", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == found
+
+
+def test_an_item_nobody_knows_is_named(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert fedssl("recommend", checkpoint(tiny), "--item", "no such thing") == 1
+    assert "'no such thing' is not in the catalogue" in capsys.readouterr().err
+
+
+def test_baselines_share_the_table(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    names = ("popularity", "markov", "log-lift counts", "each alone", "central")
+    capsys.readouterr()
+    assert fedssl("baselines", tiny / "run.toml", *(word for name in names for word in ("--only", name)), "--json", "--out", tiny / "base") == 0
+    rows = json.loads(capsys.readouterr().out)["baselines"]
+    assert set(rows) == set(names)
+    assert rows == json.loads((tiny / "base" / "baselines.json").read_text())
+    assert all({"all", "unseen"} <= set(row["test"]) for row in rows.values())
+
+
+def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]):
+    assert fedssl("presets") == 0
+    assert "ml-1m" in capsys.readouterr().out
+
+
+def test_a_report_of_a_finished_run_is_one_page(tiny: Path):
+    assert fedssl("report", tiny / "run", "--out", tiny / "page.html") == 0
+    assert "<html" in (tiny / "page.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[privacy]\nclip_nrom = 1.0", ["run.toml", "[privacy]", "'clip_nrom'", "did you mean 'clip_norm'"]),
+        ("[server]\nrounds = 'many'", ["run.toml", "[server]", "rounds = 'many'", "integer"]),
+        ("[data]\npath = 'not-there.txt'", ["not-there.txt"]),
+        ("[server", ["run.toml", "not TOML"]),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: list[str]):
+    (tmp_path / "run.toml").write_text(text)
+    assert fedssl("simulate", tmp_path / "run.toml", "--out", tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("name", "content"), [("empty", b""), ("another format", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), ("one event each", b"a x\nb y\nc z\n")])
+def test_a_file_that_is_no_history_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes):
+    (tmp_path / "h.txt").write_bytes(content)
+    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "h.txt"))
+    assert fedssl("simulate", tmp_path / "run.toml", "--out", tmp_path / "run", "--set", "data.min_events=1") == 1
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1
+    assert "h.txt" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_user_with_one_event_trains_nobody_and_stops_nothing(tmp_path: Path, tiny: Path):
+    (tmp_path / "h.txt").write_text((tiny / "h.txt").read_text() + "loner " + (tiny / "h.txt").read_text().split()[1] + "\n")
+    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "h.txt"))
+    assert fedssl("simulate", tmp_path / "run.toml", "--out", tmp_path / "run", "--set", "data.min_events=1", "--set", "server.cohort=61", "-q") == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["data"]["users"] == 61
+
+
+def test_a_checkpoint_of_another_catalogue_is_refused(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert fedssl("data", "synthesize", tmp_path / "other.txt", "--users", "60", "--items", "80", "--events", "12", "--seed", "2") == 0
+    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "other.txt"))
+    assert fedssl("evaluate", checkpoint(tiny), tmp_path / "run.toml") == 1
+    assert "another one" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_a_newer_format_says_what_to_install(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
+    newer = tmp_path / "round-000003"
+    shutil.copytree(checkpoint(tiny), newer)
+    (newer / "state.json").write_text((newer / "state.json").read_text().replace('"format": 1', '"format": 2'))
+    assert fedssl("evaluate", newer, tiny / "run.toml") == 1
+    said = capsys.readouterr().err
+    assert "format 2" in said
+    assert "install" in said
+
+
+def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
+    assert fedssl("simulate") == 2
+    assert fedssl("no-such-command") == 2
+    capsys.readouterr()
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]):
+    for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
+        assert fedssl(*words, "--help") == 0
+        assert "Example: fedssl" in capsys.readouterr().out
