@@ -63,7 +63,8 @@ def read_written_run(path: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
     path = Path(source)
-    if path.suffix != ".toml" and not path.exists():
+    # A folder of that name, like the one `make demo` makes, does not hide a preset.
+    if path.suffix != ".toml" and not path.is_file():
         return str(source), {**_preset(str(source), "command line"), "preset": str(source)}
     return path.name, _parse(path)
 
