@@ -238,8 +238,6 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State,
     seconds = sum(line["seconds"] for line in lines)
     num_weights = make_parts(recipe).layout.num_weights
     scalars = 0 if config.privacy.has_plan else 16
-    seen = [line.get("researcher_only", line) for line in lines]
-    moved = {f"{way}_bytes_per_user": sum(line[f"{way}_bytes"] for line in seen) / counted for way in ("upload", "download")}
     return {
         "data": {
             "users": histories.num_users,
@@ -255,7 +253,9 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State,
             "users_trained": trained,
             "seconds": seconds,
             "users_per_second": trained / seconds if seconds else 0.0,
-            **(moved if not recipe.privacy.has_plan else {"researcher_only": moved}),
+            # What a device of one user sends and receives in a training round; a shard of many sends one sum for all of them.
+            "upload_bytes_per_user": 4 * num_weights + scalars,
+            "download_bytes_per_user": 4 * num_weights,
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }
