@@ -1,4 +1,4 @@
-"""A federation small enough for a test: a few dozen users, a narrow encoder, a round in milliseconds."""
+"""A federation small enough for a test: a few dozen users, some 40 items, a narrow encoder, a round in milliseconds."""
 
 from __future__ import annotations
 
@@ -94,6 +94,7 @@ def train(
     phases: Sequence[ServerPhase] | None = None,
     state: State | None = None,
     on_round: Callable[[State, RoundFacts], None] = lambda state, facts: None,
+    should_stop: Callable[[], bool] = lambda: False,
     **changes: Any,
 ) -> tuple[State, list[RoundFacts]]:
     """The server's loop over a Grid in this process, without a run folder; `KEYS` and a ledger in ``folder`` under a plan."""
@@ -114,7 +115,7 @@ def train(
         on_round(state, facts)
 
     with grid(tamper(handler_of(nodes)), {node: {"partition-id": node} for node in nodes}, threads=threads, window=max(2, threads)) as opened:
-        return run_rounds(opened, run, state or first_state(recipe), on_round=note, phases=phases), seen
+        return run_rounds(opened, run, state or first_state(recipe), on_round=note, should_stop=should_stop, phases=phases), seen
 
 
 def learned(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,285 @@
+"""The loop over a Grid: exchanges, nodes that fail or lie, deadlines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fedssl_server.rounds import owners
+from fedssl_simulations.grids import Handler, InProcessGrid
+from flwr.app import Context, Message
+from numpy.typing import NDArray
+from small import recipe_of, small_config, small_dataset, train
+
+from fedssl import wire
+from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard
+from fedssl.errors import AllUploadsRefused, WireError
+from fedssl.privacy.manifest import DeclaredSum
+from fedssl.records import Download, SparseSum, Upload
+from fedssl.server_round import Release, ServerPhase, State, Totals, first_state
+
+ONE = {"server": {"rounds": 1, "cohort": 24}}
+
+
+# ---- a round of two exchanges ----
+
+
+def toy_phases(rounds: int) -> tuple[ServerPhase, ...]:
+    """Nodes sum their users' numbers; then each user adds what all summed; the state keeps the last total."""
+    declared = {"total": DeclaredSum("total", (2,), "dense", "int", None, 1.0)}
+
+    def middle(state: State, totals: Totals, exchange: int) -> dict[str, NDArray[np.float32]]:
+        assert exchange == 0
+        return {"summed": np.asarray(totals["total"], dtype=np.float32)}
+
+    def finish(state: State, totals: Totals, release: Release) -> State:
+        return replace(state, phase=release.phase, round=release.round, weights_P=torch.tensor(np.asarray(totals["total"]), dtype=torch.float32))
+
+    return (ServerPhase("toy", rounds, 2, lambda state: {}, lambda exchange: declared, middle, finish),)
+
+
+def toy_client(download: Download, parts: Any, shard: Shard, users: NDArray[np.int64]) -> Any:
+    if download.address.exchange == 0:
+        assert not download.tensors
+        return {"total": np.array([users.sum(), len(users)], dtype=np.int64)}
+    return {"total": (download.tensors["summed"] * len(users)).astype(np.int64)}
+
+
+def test_the_second_exchange_sees_what_the_first_one_summed(monkeypatch: pytest.MonkeyPatch):
+    declared = {"total": DeclaredSum("total", (2,), "dense", "int", None, 1.0)}
+    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda recipe, parts, exchange: declared, toy_client))
+    state, facts = train(small_config(ONE), small_dataset(), shards=3, phases=toy_phases(2))
+    # All 24 users: numbers 0 .. 23 sum to 276; then each of them adds (276, 24).
+    assert state.weights_P.tolist() == [24 * 276.0, 24 * 24.0]
+    assert [(fact.phase, fact.round, fact.users) for fact in facts] == [("toy", 1, 24), ("toy", 2, 24)]
+
+
+def test_a_node_that_failed_in_the_first_exchange_is_not_asked_in_the_second(monkeypatch: pytest.MonkeyPatch):
+    declared = {"total": DeclaredSum("total", (2,), "dense", "int", None, 1.0)}
+    asked: list[tuple[int, int]] = []
+
+    def noted(download: Download, parts: Any, shard: Shard, users: NDArray[np.int64]) -> Any:
+        asked.append((download.address.exchange, int(users[0])))
+        if download.address.exchange == 0 and users[0] == 8:
+            raise RuntimeError("out of memory")
+        return toy_client(download, parts, shard, users)
+
+    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda recipe, parts, exchange: declared, noted))
+    state, facts = train(small_config(ONE), small_dataset(), shards=3, phases=toy_phases(1))
+    assert asked == [(0, 0), (0, 8), (0, 16), (1, 0), (1, 16)]
+    assert state.weights_P.tolist() == [16 * (276.0 - sum(range(8, 16))), 16 * 16.0]
+    assert facts[0].refused.keys() == {2}
+
+
+# ---- nodes that fail, lie or are late ----
+
+
+def spoiled(node: int, spoil: Callable[[Upload], Upload]) -> Callable[[Handler], Handler]:
+    """The reply of one node changed on its way."""
+
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            reply = handler(message, context)
+            if context.node_id != node:
+                return reply
+            upload = wire.upload_from_record_dict(reply.content)
+            return Message(wire.to_record_dict(spoil(upload)), reply_to=message)
+
+        return handle
+
+    return tamper
+
+
+def with_sum(name: str, change: Callable[[NDArray[Any]], Any]) -> Callable[[Upload], Upload]:
+    return lambda upload: replace(upload, sums={**upload.sums, name: change(np.array(upload.sums[name]))})
+
+
+def at_place(upload: Upload, **place: Any) -> Upload:
+    return replace(upload, address=replace(upload.address, **place))
+
+
+LIES: dict[str, tuple[Callable[[Upload], Upload], str]] = {
+    "floats": (with_sum("update", lambda sums: sums.astype(np.float32)), "whole numbers"),
+    "nan": (with_sum("update", lambda sums: np.full(sums.shape, np.nan, dtype=np.float32)), "whole numbers"),
+    "shape": (with_sum("update", lambda sums: sums[:-1]), "shape"),
+    "axes": (with_sum("update", lambda sums: sums[None]), "shape"),
+    "sparse": (lambda upload: replace(upload, sums={**upload.sums, "update": SparseSum(*(np.ones(1, np.int32) for _ in range(3)), (9, 9))}), "dense"),
+    "round": (lambda upload: at_place(upload, round=2), "another exchange"),
+    "attempt": (lambda upload: at_place(upload, attempt=1), "another exchange"),
+    "exchange": (lambda upload: at_place(upload, exchange=1), "another exchange"),
+    "run": (lambda upload: at_place(upload, run="other"), "another exchange"),
+    "phase": (lambda upload: at_place(upload, phase="counts"), "another exchange"),
+    "recipe": (lambda upload: replace(upload, recipe="0" * 64), "followed recipe"),
+    "undeclared": (lambda upload: replace(upload, sums={**upload.sums, "history": np.array([3, 1], dtype=np.int32)}), "not declared"),
+    "missing": (lambda upload: replace(upload, sums={name: value for name, value in upload.sums.items() if name != "weight"}), "missing"),
+    "too long": (with_sum("update", lambda sums: np.full(sums.shape, 2**24, dtype=np.int64)), "norm"),
+    "huge": (with_sum("update", lambda sums: np.full(sums.shape, 2**62, dtype=np.int64)), "coordinates"),
+    "least": (with_sum("update", lambda sums: np.full(sums.shape, -(2**63), dtype=np.int64)), "coordinates"),
+    "weight": (with_sum("weight", lambda sums: sums * 3), "weight"),
+    "no weight": (with_sum("weight", lambda sums: -sums), "weight"),
+    "loss": (with_sum("loss", lambda sums: sums + 2**40), "loss"),
+}
+CLIPPED = small_config(ONE, {"privacy": {"clip_norm": 0.2}, "system": {"users_per_chunk": 1}})
+PIECES = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 24)]
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_an_upload_that_lies_is_refused_named_and_the_round_goes_on_with_the_others(lie: str):
+    spoil, why = LIES[lie]
+    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=spoiled(2, spoil))
+    assert facts[0].refused.keys() == {2}
+    assert why in facts[0].refused[2]
+    # As if the users of that node were nowhere to be found.
+    nowhere = np.repeat(np.array([0, -1, 2], dtype=np.int32), 8)
+    without, _ = train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)
+    assert torch.equal(state.weights_P, without.weights_P)
+    assert facts[0].weight == 16.0
+
+
+def test_an_honest_upload_passes():
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=spoiled(2, lambda upload: upload))
+    assert not facts[0].refused and facts[0].weight == 24.0
+
+
+def test_what_is_not_an_upload_is_refused():
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            return Message(message.content, reply_to=message) if context.node_id == 1 else handler(message, context)
+
+        return handle
+
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=tamper)
+    assert facts[0].refused.keys() == {1} and "kind 'download'" in facts[0].refused[1]
+
+
+def test_a_node_that_raises_is_counted_and_the_round_goes_on():
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            if context.node_id == 3:
+                raise MemoryError("no room")
+            return handler(message, context)
+
+        return handle
+
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=tamper)
+    assert facts[0].refused.keys() == {3} and "MemoryError" in facts[0].refused[3]
+    assert facts[0].weight == 16.0
+
+
+def test_when_every_upload_is_refused_the_round_fails_and_says_why():
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            raise RuntimeError("broken build")
+
+        return handle
+
+    with pytest.raises(AllUploadsRefused, match=r"training round 1: none of 3 nodes .*broken build"):
+        train(CLIPPED, small_dataset(), shards=PIECES, tamper=tamper)
+
+
+def slow(nodes: set[int], seconds: float) -> Callable[[Handler], Handler]:
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            if context.node_id in nodes:
+                time.sleep(seconds)
+            return handler(message, context)
+
+        return handle
+
+    return tamper
+
+
+def test_the_deadline_drops_late_nodes_and_the_round_goes_on():
+    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=slow({1}, 1.5), threads=3, deadline_seconds=0.7)
+    assert facts[0].refused == {1: "not reached, or no answer before the deadline"}
+    assert facts[0].weight == 16.0
+    nowhere = np.repeat(np.array([-1, 1, 2], dtype=np.int32), 8)
+    assert torch.equal(state.weights_P, train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)[0].weights_P)
+
+
+def test_when_all_are_late_the_round_fails():
+    with pytest.raises(AllUploadsRefused, match="deadline"):
+        train(CLIPPED, small_dataset(), shards=PIECES, tamper=slow({1, 2, 3}, 0.6), threads=3, deadline_seconds=0.2)
+
+
+def test_without_a_deadline_slow_nodes_are_waited_for():
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=slow({1}, 0.4), threads=3)
+    assert not facts[0].refused
+    assert 0.3 < facts[0].waited <= facts[0].seconds
+
+
+class DeafGrid(InProcessGrid):
+    """As a deployed Grid does: no name for a message that could not be pushed."""
+
+    def push_messages(self, messages: Any) -> Any:
+        return [None if message.metadata.dst_node_id == 2 else super(DeafGrid, self).push_messages([message])[0] for message in messages]
+
+
+def test_a_node_that_cannot_be_reached_is_counted():
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=DeafGrid)
+    assert facts[0].refused.keys() == {2}
+    assert facts[0].weight == 16.0
+
+
+class ForgingGrid(InProcessGrid):
+    """Every reply says that it comes from node 1."""
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        replies = super().pull_messages(message_ids)
+        for reply in replies:
+            reply.metadata.__dict__["_src_node_id"] = 1
+        return replies
+
+
+def test_a_reply_belongs_to_the_node_that_was_asked_whatever_it_says():
+    forged, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=ForgingGrid)
+    assert not facts[0].refused
+    assert torch.equal(forged.weights_P, train(CLIPPED, small_dataset(), shards=PIECES)[0].weights_P)
+
+
+# ---- who hosts whom ----
+
+
+def test_users_whom_nobody_hosts_are_left_out():
+    nowhere = np.repeat(np.array([-1, 1, 2], dtype=np.int32), 8)
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)
+    assert (facts[0].users, facts[0].weight) == (24, 16.0)
+
+
+def test_a_user_lives_on_one_node():
+    with pytest.raises(WireError, match="user 3, whom node 7 hosts too"):
+        owners({7: np.array([1, 3]), 9: np.array([3, 4])}, 5)
+    with pytest.raises(WireError, match="user numbers up to 5"):
+        owners({7: np.array([1, 5])}, 5)
+    node_ids, owner_U = owners({9: np.array([0, 2]), 7: np.array([1])}, 4)
+    assert node_ids == (9, 7) and owner_U.tolist() == [0, 1, 0, -1]
+
+
+# ---- stopping and going on ----
+
+
+def test_a_run_goes_on_where_its_state_says():
+    config = small_config({"counts": {}, "server": {"rounds": 4}})
+    states: list[State] = [first_state(recipe_of(config, small_dataset()))]
+    whole, facts = train(config, small_dataset(), on_round=lambda state, facts: states.append(state))
+    assert [(fact.phase, fact.round) for fact in facts] == [("counts", 1), *(("training", number) for number in (1, 2, 3, 4))]
+    for done, state in enumerate(states):
+        again, rest = train(config, small_dataset(), state=state)
+        assert len(rest) == 5 - done
+        assert torch.equal(again.weights_P, whole.weights_P)
+        assert again.counts is not None and whole.counts is not None
+        assert np.array_equal(again.counts.values, whole.counts.values)
+
+
+def test_bytes_up_and_down_are_those_of_the_tensors():
+    config = small_config(ONE)
+    _, facts = train(config, small_dataset(), shards=PIECES)
+    num_weights = first_state(recipe_of(config, small_dataset())).weights_P.numel()
+    assert facts[0].download_bytes == 3 * 4 * num_weights
+    # Updates of a few users fit 32 bits; weight and loss take 8 bytes each.
+    assert facts[0].upload_bytes == 3 * (4 * num_weights + 16)
