@@ -34,7 +34,8 @@ class Batch:
 
     ``sequences``: for each task, named, (U, S, B, L) in row numbers of ``rows_UK``, 0 is padding. ``rows_UK``: the DISTINCT
     catalogue rows a user touches, filled up with row 0; None: the whole catalogue, and row numbers are catalogue rows.
-    ``bias_UN``: what each candidate's score gets added (`fedssl.item_table`). ``positions_U``: real positions of the windows, over all steps.
+    ``bias_UN``: what each candidate's score gets added (`fedssl.item_table`). ``positions_U``: real positions of the windows, over all steps:
+    events that have a next one.
     """
 
     users_U: NDArray[np.int64]
@@ -44,6 +45,11 @@ class Batch:
     first_candidate: int
     bias_UN: Tensor | None
     positions_U: NDArray[np.int64]
+
+    @property
+    def is_idle_U(self) -> Tensor:
+        """Whether a user has nothing to learn from: no task reads a single item. Shape: (U,)."""
+        return ~torch.stack([(rows > 0).flatten(1).any(1) for named in self.sequences for rows in named.values()]).any(0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,8 @@ class Masks:
 
     def __init__(self, encoder: Encoder, base: tuple[str | int, ...], users_U: NDArray[np.int64], *, seed: int, rate: float, window: int, width: int):
         self._sites, self._base, self._users, self._window, self._width = encoder.dropout_sites, base, users_U, window, width
-        self._pool = _pool(seed, rate)
+        self._size = max(POOL, 2 * window * width)
+        self._pool = _pool(seed, rate, self._size)
         self._calls = 0
 
     def draw(self, B: int, L: int) -> tuple[Tensor, ...]:
@@ -177,15 +184,15 @@ class Masks:
         keys_U = seeds.keys_of_users(seeds.key(*self._base, "dropout", self._calls), self._users)
         self._calls += 1
         full = self._window * self._width
-        offset = seeds.integers(keys_U, self._sites * B, POOL - full) + (self._window - L) * self._width
+        offset = seeds.integers(keys_U, self._sites * B, self._size - full) + (self._window - L) * self._width
         pieces = np.lib.stride_tricks.sliding_window_view(self._pool, L * self._width)[offset]
         masks = torch.from_numpy(pieces.reshape(len(self._users), self._sites, B, L, self._width))
         return masks.unbind(1)
 
 
 @lru_cache(maxsize=4)
-def _pool(seed: int, rate: float) -> NDArray[np.float32]:
-    uniform = seeds.uniform(np.array([seeds.key(seed, "dropout pool")], dtype=np.uint64), POOL)[0]
+def _pool(seed: int, rate: float, size: int) -> NDArray[np.float32]:
+    uniform = seeds.uniform(np.array([seeds.key(seed, "dropout pool")], dtype=np.uint64), size)[0]
     return np.where(uniform >= rate, 1.0 / (1.0 - rate), 0.0).astype(np.float32)
 
 
@@ -206,7 +213,7 @@ def train_users(
 
     Guarantees:
       - a user's update depends on its own history, its number and the weights, not on who shares the batch or the padding;
-      - a user without a position to learn from has an update of exactly 0;
+      - a user with nothing to learn from (`Batch.is_idle_U`) has an update and a loss of exactly 0;
       - weight decay acts on the encoder and on touched rows only.
 
     Shapes: weights have no users axis ("items" is (I + 1, D)); see `Trained`. Source: McMahan et al. 2017,
@@ -244,17 +251,18 @@ def train_users(
             slope = torch.zeros(leaf.shape) if slope is None else slope
             if local.weight_decay:
                 slope = slope + local.weight_decay * leaf.detach()
-            update[name] = slope.mul_(-local.lr) if name not in update else update[name].add_(slope, alpha=-local.lr)
+            # Not in place: two leaves that an encoder adds up share one slope.
+            update[name] = slope * -local.lr if name not in update else update[name].add_(slope, alpha=-local.lr)
         if local.weight_decay:
             slope_items = slope_items + local.weight_decay * _touched(batch, table)
         items = slope_items.mul_(-local.lr) if items is None else items.add_(slope_items, alpha=-local.lr)
         if head is not None and heads_UD is not None and slopes[len(now)] is not None:
             heads_UD = heads_UD - head_lr * slopes[len(now)]
     assert items is not None and first_loss is not None
-    is_idle = torch.from_numpy(batch.positions_U == 0)
-    if is_idle.any() and local.weight_decay:
-        for leaf in (*update.values(), items):
-            leaf[is_idle] = 0.0
+    is_idle_U = batch.is_idle_U
+    if is_idle_U.any():
+        for leaf in (*update.values(), items, first_loss):
+            leaf[is_idle_U] = 0.0
     return Trained(update, items, batch.rows_UK, heads_UD, first_loss)
 
 

@@ -69,6 +69,6 @@ def find(known: Mapping[str, Any], name: str, *, what: str) -> Any:
         module, _, attribute = name.partition(":")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, ValueError) as error:
             raise ConfigError(f"{what} '{name}' cannot be loaded ({error}); write package.module:name of something that can be imported") from None
     raise ConfigError(f"there is no {what} '{name}'; there is {', '.join(sorted(known))}, or package.module:name of your own")

@@ -52,7 +52,7 @@ class _Linear(Function):
         if is_shared(weight):
             flat = x.reshape(-1, x.shape[-1])
             out = flat @ weight[0] if bias is None else torch.addmm(bias[0], flat, weight[0])
-            return out.view(*x.shape[:-1], -1)
+            return out.view(*x.shape[:-1], weight.shape[-1])
         return torch.bmm(x, weight) if bias is None else torch.baddbmm(bias[:, None], x, weight)
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Views: other readings of a window, for contrast. Chance comes in as numbers drawn before.
 
-Source: Xie et al. 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, section 3.2. All keep the shape and the padding on the
-left; shapes (..., L) of rows, 0 is padding; ``uniform`` has numbers in [0, 1) of the shape named.
+Source: Xie et al. 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, section 3.2. Windows (..., L) are rows padded with 0 on
+the left; views have the same shape and padding, and `mask` alone leaves gaps. Chances are numbers in [0, 1) of the shapes named.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def crop(windows: Rows, keep: float, *, where: Uniform) -> Rows:
     """A contiguous piece of each window, pushed to the right edge. ``where``: (...,), where the piece begins."""
     L = windows.shape[-1]
     length = (windows > 0).sum(-1)
-    size = np.ceil(length * keep).astype(np.int64)
+    size = _share(length, keep)
     cut = (length - size) - (where * (length - size + 1)).astype(np.int64)
     column = np.arange(L)
     rolled = np.take_along_axis(windows, (column - cut[..., None]) % L, -1)
@@ -32,10 +32,10 @@ def mask(windows: Rows, keep: float, *, columns: Uniform) -> Rows:
 
 
 def reorder(windows: Rows, keep: float, *, columns: Uniform, where: Uniform) -> Rows:
-    """A contiguous piece of (1 - keep) of each window is shuffled. ``columns``: (..., L) order it, ``where``: (...,) places it."""
+    """A contiguous piece of each window, all but ``keep`` of it, is shuffled. ``columns``: (..., L) order it, ``where``: (...,) places it."""
     L = windows.shape[-1]
     length = (windows > 0).sum(-1)
-    size = np.floor(length * (1 - keep)).astype(np.int64)
+    size = length - _share(length, keep)
     begin = L - length + (where * (length - size + 1)).astype(np.int64)
     column = np.arange(L)
     is_moved = (column >= begin[..., None]) & (column < (begin + size)[..., None])
@@ -51,3 +51,8 @@ def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choi
     masked = mask(windows, keep, columns=columns)
     reordered = reorder(windows, keep, columns=columns, where=where)
     return np.where(chosen == 0, cropped, np.where(chosen == 1, masked, reordered))
+
+
+def _share(length: NDArray[np.int64], keep: float) -> NDArray[np.int64]:
+    """``keep`` of a length, rounded up; 0.07 of 100 is 7, though the product in floats is a little more."""
+    return np.ceil(length * keep - 1e-9).astype(np.int64)

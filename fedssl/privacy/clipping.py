@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from fedssl.local_training import Trained
-from fedssl.privacy.grid import CLIP_MARGIN, LARGEST_COORDINATE
+from fedssl.privacy.grid import CLIP_MARGIN, LARGEST_COORDINATE, USERS_IN_INT32
 from fedssl.weights import ITEMS, Layout
 
 USERS_AT_ONCE = 8
-USERS_IN_INT32 = 120
-"""Of at most 2^24 steps each, whose sum stays below 2^31; a multiple of USERS_AT_ONCE."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Contrast: two views of a user's window read alike, histories that nobody has do not.
 
 A lone client has nobody else's windows for negatives, and with one window of its own the usual loss is exactly 0. So its
-negatives are INVENTED: its own newest window with items replaced by ones drawn from the public catalogue. They share the
-length, the recency and some items with the real window, and every client that has one event gets a slope.
+negatives are INVENTED: its own window (the last drawn) with items replaced by others from the public catalogue. They share
+the length, the order and some items with the real window, and every client that has one event gets a slope.
 Source of views and loss: Xie et al. 2022 (CL4SRec), https://arxiv.org/abs/2010.14395, equation 3; the negatives are ours.
 """
 
@@ -26,7 +26,8 @@ NEGATIVES = "invented histories: the window with items replaced by ones drawn fr
 def contrastive(config: TaskConfig, *, num_items: int) -> Task:
     """InfoNCE of two views (crop, mask or reorder) of each window against ``config.negatives`` invented histories.
 
-    ``config.keep``: share of a window that a view leaves as it is, and the chance that an invented history keeps an item.
+    ``config.keep``: share of a window that a view leaves as it is, and the chance that an invented history keeps an item. Its
+    newest item, which says most, is always another one (where the catalogue has two).
     """
     negatives = max(config.negatives, 1)
 
@@ -44,9 +45,10 @@ def contrastive(config: TaskConfig, *, num_items: int) -> Task:
             for side in ("left", "right")
         )
         real = np.broadcast_to(windows[:, :, -1:], (U, S, negatives, L))
-        drawn = 1 + (chance.columns("invented", S, negatives, L) * num_items).astype(np.int64)
+        # Never the item itself: the others are 1 to I - 1 places after it, around the catalogue.
+        places = 1 + (chance.columns("invented", S, negatives, L) * (num_items - 1)).astype(np.int64)
+        drawn = 1 + (real - 1 + places) % num_items
         is_kept = chance.columns("kept", S, negatives, L) < config.keep
-        # The newest item, which says most, is always another one.
         is_kept[..., -1] = False
         invented = np.where(is_kept | (real == 0), real, drawn)
         return Views({"left": left, "right": right, "invented": invented})
