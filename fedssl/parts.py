@@ -55,7 +55,7 @@ def make_task(config: TaskConfig, *, num_items: int) -> Task:
 def initial_weights(recipe: Recipe) -> Weights:
     """The encoder's and the item table's first weights: a function of the recipe's seed. Row 0 of the table is zero."""
     rng = torch.Generator().manual_seed(seeds.key(recipe.seed, "initial weights"))
-    weights = find(ENCODERS, recipe.encoder.name, what="encoder")(recipe.encoder).init(rng)
+    weights: Weights = find(ENCODERS, recipe.encoder.name, what="encoder")(recipe.encoder).init(rng)
     items = torch.randn(recipe.num_items + 1, recipe.encoder.width, generator=rng) * 0.05
     items[0] = 0.0
     return weights | {ITEMS: items}

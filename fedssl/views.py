@@ -55,4 +55,5 @@ def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choi
 
 def _share(length: NDArray[np.int64], keep: float) -> NDArray[np.int64]:
     """``keep`` of a length, rounded up; 0.07 of 100 is 7, though the product in floats is a little more."""
-    return np.ceil(length * keep - 1e-9).astype(np.int64)
+    share: NDArray[np.int64] = np.ceil(length * keep - 1e-9).astype(np.int64)
+    return share
