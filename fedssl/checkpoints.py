@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
-from fedssl.errors import CatalogueMismatch, CheckpointError, FedSSLError
+from fedssl.errors import CatalogueMismatch, CheckpointError, DataError, FedSSLError
 from fedssl.parts import make_parts
 from fedssl.recipe import Recipe, read_recipe
 from fedssl.server_round import State
@@ -119,6 +119,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         run, fingerprint = str(about["run"]), str(about["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read whole ({error}); it was cut short or changed, use another checkpoint") from None
+    except DataError:
+        raise CheckpointError(f"{folder}: catalogue.jsonl cannot be read whole; it was cut short or changed, use another checkpoint") from None
     except FedSSLError as error:
         raise CheckpointError(f"{folder}: {error}") from None
     if catalogue.hash != recipe.catalogue or catalogue.num_items != recipe.num_items:

@@ -151,9 +151,10 @@ def test_a_journal_killed_before_its_rename_is_the_old_one(tmp_path: Path, monke
     def killed(source: object, target: object) -> None:
         raise Killed
 
-    with monkeypatch.context() as patched, pytest.raises(Killed):
+    with monkeypatch.context() as patched:
         patched.setattr(os, "replace", killed)
-        store.begin(1, settled=0)
+        with pytest.raises(Killed):
+            store.begin(1, settled=0)
     again = open_store(tmp_path)
     again.begin(1, settled=0)
     assert values(again) == [0, 0, 0, 0]
