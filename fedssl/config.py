@@ -92,7 +92,7 @@ class LocalConfig(Settings):
     lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
     windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
-    grid_step: float = Field(2.0**-24, gt=0.0, description="Without a clip: the grid to which updates are rounded, in units of the weights; a power of two")
+    grid_step: float = Field(2.0**-24, ge=2.0**-60, description="Without a clip: the grid to which updates are rounded, in units of the weights; a power of two")
 
 
 class ServerConfig(Settings):
@@ -117,7 +117,7 @@ class ServerConfig(Settings):
 class PrivacyConfig(Settings):
     """What the run promises each user. Printed in every report."""
 
-    clip_norm: float | None = Field(None, gt=0.0, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
+    clip_norm: float | None = Field(None, ge=1e-12, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
     noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on the cohort's sum; 0: no plan unless `epsilon` is given")
     counts_noise_multiplier: float = Field(0.0, ge=0.0, description="The same for the counts; needed with `noise_multiplier` where [counts] is on")
     epsilon: float | None = Field(None, gt=0.0, description="Target epsilon of the whole run: noise is solved for it; None: noise is given")

@@ -41,11 +41,13 @@ class GridTotal:
         Guarantees:
           - under a clip no user enters longer than the clip norm, exactly, on the integer grid;
           - a short update passes unchanged up to rounding, a zero update stays zero;
-          - a broken user (nan, inf, or without a clip a coordinate beyond the grid) counts as zero, the others stay.
+          - a broken user (nan, inf, squares beyond float32, or without a clip a coordinate beyond the grid) counts as zero,
+            the others stay.
 
         ``weight_U``: factors in [0, 1], 1 under a plan. Source: McMahan et al. 2018, https://arxiv.org/abs/1710.06963,
         algorithm 1. The norm is summed in float64 over float32 squares of 64 coordinates, so its error stays below 2^-18,
-        inside the margin of 2^-16 that the clip keeps; rounding toward zero only shortens.
+        inside the margin of 2^-16 that the clip keeps; rounding toward zero only shortens. Float32 has no squares below
+        2^-149, so the settings refuse clips below 1e-12 and steps below 2^-60.
         """
         norms, broken = [], []
         U = len(trained.loss_U)
@@ -92,7 +94,7 @@ class GridTotal:
 
 
 def squared_norms(x_BN: Tensor) -> Tensor:
-    """Squared L2 norms in float64, with a relative error below 2^-17. Shape: (B,)."""
+    """Squared L2 norms in float64, with a relative error below 2^-17 where they are above 2^-110. Shape: (B,)."""
     whole = x_BN.shape[1] // 64 * 64
     total_B = x_BN[:, :whole].view(len(x_BN), -1, 64).square().sum(2).double().sum(1) if whole else torch.zeros(len(x_BN), dtype=torch.float64)
     return total_B + x_BN[:, whole:].double().square().sum(1)
