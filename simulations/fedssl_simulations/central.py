@@ -90,7 +90,7 @@ def _all_rows(items_UKD: Tensor, rows_UK: Tensor | None, num_items: int) -> Tens
 
 
 def each_alone(
-    recipe: Recipe, histories: Histories, *, users: int = 512, steps: int = 20, lrs: tuple[float, ...] = (1.0, 3.0, 10.0), ks: tuple[int, ...] = (5, 10)
+    recipe: Recipe, histories: Histories, *, users: int = 256, steps: int = 10, lrs: tuple[float, ...] = (1.0, 3.0, 10.0), ks: tuple[int, ...] = (5, 10)
 ) -> tuple[dict[str, Ranks], dict[str, Any]]:
     """Every user trains the initial weights on their own history alone; ranks of validation and test, and what was chosen.
 
