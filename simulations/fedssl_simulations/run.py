@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 import fedssl
 from fedssl import seeds
 from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
-from fedssl.client_round import Shard
+from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import take_users
@@ -173,6 +173,9 @@ def _simulate(
             folder / "metrics.jsonl",
             _metrics_line(facts, shards, validation, epsilon, plan_cohort=plan.expected_cohort(facts.phase) if plan is not None else None),
         )
+        for shard in shards.values():
+            # A node that is not asked next time must not be noted down again.
+            shard.notes = Notes()
         due = config.system.checkpoint_seconds and time.monotonic() - last_written >= config.system.checkpoint_seconds
         if facts.phase != "training" or is_last or facts.round % config.system.checkpoint_every == 0 or due:
             save(state)

@@ -1,0 +1,367 @@
+"""A whole simulation: the same numbers again, stopped and resumed, and what its files say under a plan."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fedssl_simulations.run import Run, simulate
+from fedssl_simulations.run_files import read_run
+from fedssl_simulations.run_folder import claim, read_lines
+from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
+
+from fedssl.checkpoints import list_checkpoints, read_checkpoint
+from fedssl.config import RunConfig
+from fedssl.errors import BudgetSpent, CatalogueMismatch, RunFolderError
+from fedssl.privacy import accounting
+from fedssl.privacy.ledger import Ledger
+
+CONFIG = small_config(
+    {
+        "counts": {"lags": 2},
+        "head": {"name": "user-vector", "lr": 0.5},
+        "server": {"rounds": 5},
+        "system": {"shards": 2, "checkpoint_every": 2},
+        "evaluation": {"every": 2, "users": 10},
+    }
+)
+PRIVATE = small_config(
+    PLAN,
+    {
+        "counts": {"clip_norm": 1.0},
+        "head": {"name": "user-vector"},
+        "privacy": {"counts_noise_multiplier": 2.0},
+        "server": {"rounds": 3},
+        "system": {"shards": 2, "checkpoint_every": 1},
+        "evaluation": {"every": 1},
+    },
+)
+
+
+def stop_after(rounds: int) -> Any:
+    """Asked before each round, the counts' included."""
+    asked = iter(range(100))
+    return lambda: next(asked) >= rounds
+
+
+def run(config: RunConfig, out: Path, **more: Any) -> Run:
+    return simulate(config, out=out, dataset=small_dataset(), keys=KEYS if config.privacy.has_plan else None, **more)
+
+
+def resume(folder: Path, config: RunConfig, **more: Any) -> Run:
+    return simulate(resume=folder, dataset=small_dataset(), keys=KEYS if config.privacy.has_plan else None, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(CONFIG, tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def private(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(PRIVATE, tmp_path_factory.mktemp("private") / "run")
+
+
+def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name != "seconds"} for line in lines]
+
+
+def test_a_run_leaves_its_files_and_says_what_it_found(whole: Run):
+    assert whole.is_finished
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {"run.toml", "run.lock", "metrics.jsonl", "report.json", "checkpoints", "heads"}
+    assert [path.name for path in list_checkpoints(whole.folder / "checkpoints")] == ["round-000005"]
+    report = json.loads((whole.folder / "report.json").read_text())
+    assert report == json.loads(json.dumps(whole.report))
+    assert report["data"] == {"users": 24, "items": 36, "events": small_dataset().histories.num_events, "fingerprint": small_dataset().histories.fingerprint}
+    assert report["test"].keys() >= {"all", "unseen", "parts"} and report["test"]["parts"].keys() == {"encoder", "counts"}
+    assert report["privacy"] is None
+    assert report["cost"]["rounds"] == 5 and report["cost"]["users_trained"] == 5 * 12
+    assert report["cost"]["upload_bytes_per_user"] > 0
+
+
+def test_metrics_have_a_line_a_round_and_validations_between(whole: Run):
+    lines = read_lines(whole.folder / "metrics.jsonl")
+    assert [(line["phase"], line["round"]) for line in lines] == [("counts", 1), *(("training", number) for number in range(1, 6))]
+    assert [line["round"] for line in lines if "validation" in line] == [2, 4]
+    assert all(line["users"] == 12 and np.isfinite(line["loss"]) for line in lines[1:])
+    assert whole.metrics["round"].tolist() == [1, 1, 2, 3, 4, 5]
+
+
+def test_the_same_run_twice_ends_with_the_same_bytes_and_metrics(whole: Run, tmp_path: Path):
+    again = run(CONFIG, tmp_path / "again")
+    assert learned(again.folder) == learned(whole.folder)
+    assert without_seconds(read_lines(again.folder / "metrics.jsonl")) == without_seconds(read_lines(whole.folder / "metrics.jsonl"))
+    assert again.report["test"] == whole.report["test"]
+
+
+def test_the_run_toml_of_a_run_begins_it_anew_to_the_same_bytes(whole: Run, tmp_path: Path):
+    again = run(read_run(whole.folder / "run.toml"), tmp_path / "again")
+    assert learned(again.folder) == learned(whole.folder)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2, 3, 5])
+def test_stopped_and_resumed_a_run_ends_with_the_same_bytes_and_metrics(rounds: int, whole: Run, tmp_path: Path):
+    stopped = run(CONFIG, tmp_path / "run", should_stop=stop_after(rounds))
+    assert not stopped.is_finished and stopped.report == {} and not (stopped.folder / "report.json").exists()
+    # A stop leaves a checkpoint of the newest round, however long ago the last one was due.
+    found = list_checkpoints(stopped.folder / "checkpoints")
+    assert len(found) == min(rounds, 1)
+    if rounds:
+        state = read_checkpoint(found[0]).state
+        assert (state.phase, state.round) == (("counts", 1) if rounds == 1 else ("training", rounds - 1))
+    done = resume(tmp_path / "run", CONFIG)
+    assert done.is_finished
+    assert learned(done.folder) == learned(whole.folder)
+    assert without_seconds(read_lines(done.folder / "metrics.jsonl")) == without_seconds(read_lines(whole.folder / "metrics.jsonl"))
+    assert done.report["test"] == whole.report["test"]
+
+
+def test_a_node_that_was_not_asked_is_not_in_the_line_of_a_round(tmp_path: Path):
+    # Every user on a node of their own, three asked a round.
+    config = small_config({"system": {"shards": 24}, "server": {"cohort": 3, "rounds": 3}, "task": [{"name": "small:next_item_with_a_bomb"}]})
+    rows = [[1, 2, 3, 4, BOMB, 5, 6], *([1 + user, 3, 2, 4, 5, 6, 7] for user in range(23))]
+    done = simulate(config, out=tmp_path / "run", dataset=dataset_of(*rows, num_items=BOMB))
+    lines = read_lines(done.folder / "metrics.jsonl")
+    assert sum(line["broken_users"] for line in lines) <= 1
+    alone = simulate(config, out=tmp_path / "stopped", dataset=dataset_of(*rows, num_items=BOMB), should_stop=stop_after(2))
+    resumed = simulate(resume=alone.folder, dataset=dataset_of(*rows, num_items=BOMB))
+    assert without_seconds(read_lines(resumed.folder / "metrics.jsonl")) == without_seconds(lines)
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(round: int) -> Any:
+    """An error of the caller's own, out of the middle of a run: no checkpoint is written then."""
+
+    def on_progress(progress: Any) -> None:
+        if (progress.facts.phase, progress.facts.round) == ("training", round):
+            raise Crash
+
+    return on_progress
+
+
+def test_a_crash_loses_the_rounds_since_the_checkpoint_and_their_lines(whole: Run, tmp_path: Path):
+    with pytest.raises(Crash):
+        run(CONFIG, tmp_path / "run", on_progress=crash_at(3))
+    assert [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 1, 2, 3]
+    stopped = resume(tmp_path / "run", CONFIG, should_stop=lambda: True)
+    assert [line["round"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 1, 2]
+    assert stopped.state.round == 2
+    done = resume(tmp_path / "run", CONFIG)
+    assert learned(done.folder) == learned(whole.folder)
+
+
+def test_a_resume_takes_heads_back_at_once_not_when_their_users_are_next_asked(tmp_path: Path):
+    stopped = run(CONFIG, tmp_path / "reference", should_stop=stop_after(3))
+    with pytest.raises(Crash):
+        run(CONFIG, tmp_path / "run", on_progress=crash_at(3))
+    assert learned(tmp_path / "run") != learned(stopped.folder)
+    resume(tmp_path / "run", CONFIG, should_stop=lambda: True)
+    assert learned(tmp_path / "run") == learned(stopped.folder)
+
+
+def test_a_finished_run_resumed_trains_no_more_and_reports_again(whole: Run, tmp_path: Path):
+    shutil.copytree(whole.folder, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    again = resume(tmp_path / "run", CONFIG, should_stop=lambda: pytest.fail("no round is left"))
+    assert again.is_finished and again.report["test"] == whole.report["test"]
+    assert learned(again.folder) == learned(whole.folder)
+
+
+def test_a_taken_folder_is_refused(whole: Run):
+    with pytest.raises(RunFolderError, match="not empty"):
+        run(CONFIG, whole.folder)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path):
+    run(CONFIG, tmp_path / "run", should_stop=lambda: True)
+    with claim(tmp_path / "run", resume=True), pytest.raises(RunFolderError, match="another process"):
+        resume(tmp_path / "run", CONFIG)
+
+
+def test_a_resume_of_nothing_is_refused(tmp_path: Path):
+    with pytest.raises(RunFolderError, match="no run to resume"):
+        resume(tmp_path, CONFIG)
+
+
+def test_changed_histories_are_refused(tmp_path: Path):
+    rows = [[1, 2, 3, 4, 5, 6], [2, 3, 4, 5, 6, 1], [6, 5, 4, 3, 2, 1]]
+    config = small_config({"server": {"rounds": 1, "cohort": 3}})
+    simulate(config, out=tmp_path / "run", dataset=dataset_of(*rows, num_items=6), should_stop=lambda: True)
+    with pytest.raises(RunFolderError, match="the histories have changed since this run began"):
+        simulate(resume=tmp_path / "run", dataset=dataset_of(*rows[:2], rows[2][::-1], num_items=6))
+    with pytest.raises(CatalogueMismatch, match="another catalogue"):
+        simulate(resume=tmp_path / "run", dataset=dataset_of(*rows, num_items=7))
+    assert simulate(resume=tmp_path / "run", dataset=dataset_of(*rows, num_items=6)).is_finished
+
+
+def changed(folder: Path, before: str, after: str) -> None:
+    text = (folder / "run.toml").read_text()
+    assert text.count(before) == 1
+    (folder / "run.toml").write_text(text.replace(before, after))
+
+
+def test_changed_settings_are_refused_and_those_of_speed_are_not(whole: Run, tmp_path: Path):
+    run(CONFIG, tmp_path / "run", should_stop=stop_after(3))
+    changed(tmp_path / "run", "rounds = 5", "rounds = 6")
+    with pytest.raises(RunFolderError, match=r"made with other settings than run.toml has"):
+        resume(tmp_path / "run", CONFIG)
+    changed(tmp_path / "run", "rounds = 6", "rounds = 5")
+    changed(tmp_path / "run", "workers = 1", "workers = 3")
+    assert learned(resume(tmp_path / "run", CONFIG).folder) == learned(whole.folder)
+
+
+def test_more_shards_than_users_are_no_obstacle(tmp_path: Path):
+    config = small_config({"system": {"shards": 30, "users_per_chunk": 1}, "head": {"name": "user-vector"}, "server": {"rounds": 1}})
+    assert run(config, tmp_path / "run").is_finished
+
+
+def test_a_model_recommends_with_what_was_learned(whole: Run):
+    scores = whole.model([small_dataset().histories.of(3)], np.array([3]))
+    assert scores["score"].shape == (1, 37)
+    assert scores.keys() == {"score", "encoder", "counts"}
+
+
+# ---- under a plan ----
+
+
+def public(value: Any) -> Any:
+    """What is left of a file when everything for the researcher is cut out."""
+    if isinstance(value, dict):
+        return {name: public(inner) for name, inner in value.items() if name != "researcher_only"}
+    return value
+
+
+def test_under_a_plan_a_line_tells_nothing_that_was_not_released(private: Run):
+    lines = read_lines(private.folder / "metrics.jsonl")
+    for line in lines:
+        assert public(line).keys() == {"phase", "round", "attempt", "seconds", "users", "epsilon"}
+        assert line["users"] == (24 if line["phase"] == "counts" else 12)
+    hidden = [line["researcher_only"] for line in lines]
+    assert hidden[0].keys() == {"loss", "broken_users", "cohort", "upload_bytes", "download_bytes", "refused"}
+    assert {"loss", "update_norm", "cohort", "upload_bytes", "validation"} <= hidden[1].keys()
+    # The true cohorts differ from the expected one, and are there for the researcher.
+    assert [one["cohort"] for one in hidden[1:]] != [12, 12, 12]
+
+
+def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(private: Run):
+    report = json.loads((private.folder / "report.json").read_text())
+    assert public(report).keys() == {"data", "cost", "privacy"}
+    assert report["researcher_only"].keys() == {"test", "validation", "groups"}
+    assert report["cost"]["users_trained"] == 3 * 12
+    # The size of the model, whoever was asked and whatever their histories are.
+    assert report["cost"]["upload_bytes_per_user"] == report["cost"]["download_bytes_per_user"] == 4 * private.state.weights_P.numel()
+
+
+def test_the_reported_epsilon_is_that_of_all_charges_together(private: Run):
+    events = [(1.0, 2.0, 1), (0.5, 1.0, 3)]
+    assert private.report["privacy"]["epsilon"] == pytest.approx(accounting.epsilon(events, 1e-3))
+    lines = read_lines(private.folder / "metrics.jsonl")
+    partial = [accounting.epsilon([(1.0, 2.0, 1), (0.5, 1.0, count)], 1e-3) for count in range(4)]
+    assert [line["epsilon"] for line in lines] == pytest.approx(partial)
+    assert private.report["privacy"]["noise_multiplier"] == {"counts": 2.0, "update": 1.0}
+
+
+def test_under_a_plan_a_resume_costs_nothing_more_and_ends_with_the_same_bytes(private: Run, tmp_path: Path):
+    with pytest.raises(Crash):
+        run(PRIVATE.model_copy(update={"system": PRIVATE.system.model_copy(update={"checkpoint_every": 5})}), tmp_path / "run", on_progress=crash_at(2))
+    done = resume(tmp_path / "run", PRIVATE)
+    assert learned(done.folder) == learned(private.folder)
+    assert done.state.charged == {"counts": 1, "training": 3}
+    assert done.report["privacy"] == private.report["privacy"]
+
+
+def test_the_spent_budget_is_in_the_checkpoint_and_survives_a_lost_ledger(tmp_path: Path):
+    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(3))
+    charged = {"counts": 1, "training": 2}
+    assert read_checkpoint(list_checkpoints(stopped.folder / "checkpoints")[-1]).state.charged == charged
+    (stopped.folder / "ledger.jsonl").unlink()
+    done = resume(stopped.folder, PRIVATE)
+    assert done.state.charged == {"counts": 1, "training": 3}
+    assert Ledger(stopped.folder / "ledger.jsonl").charged() == {"counts": 1, "training": 3}
+    # New attempts are numbered from a random start, so that no noise is drawn twice.
+    assert read_lines(stopped.folder / "metrics.jsonl")[-1]["attempt"] > 1000
+
+
+def test_a_resume_that_would_overspend_is_refused_and_releases_nothing(tmp_path: Path):
+    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(3))
+    ledger = Ledger(stopped.folder / "ledger.jsonl")
+    ledger.charge("training", 2)
+    before = learned(stopped.folder)
+    with pytest.raises(BudgetSpent, match="round 3 would spend epsilon"):
+        resume(stopped.folder, PRIVATE)
+    assert learned(stopped.folder) == before
+    assert Ledger(stopped.folder / "ledger.jsonl").charged() == {"counts": 1, "training": 3}
+    assert [line["round"] for line in read_lines(stopped.folder / "metrics.jsonl")] == [1, 1, 2]
+
+
+def test_a_plan_changed_before_the_first_checkpoint_is_refused_too(tmp_path: Path):
+    with pytest.raises(Crash):
+        run(PRIVATE.model_copy(update={"counts": None}), tmp_path / "run", on_progress=crash_at(1))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    changed(tmp_path / "run", "\nnoise_multiplier = 1.0", "\nnoise_multiplier = 0.9")
+    with pytest.raises(RunFolderError, match="charged under another privacy plan"):
+        resume(tmp_path / "run", PRIVATE)
+
+
+def test_keys_are_made_for_their_owner_alone_and_never_copied(tmp_path: Path):
+    done = simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset())
+    secrets = list((done.folder / "secrets").iterdir())
+    assert sorted(path.name for path in secrets) == ["cohort.key", "noise.key"]
+    assert {path.stat().st_mode & 0o777 for path in secrets} == {0o600} and (done.folder / "secrets").stat().st_mode & 0o777 == 0o700
+    keys = [path.read_bytes() for path in secrets]
+    for path in done.folder.rglob("*"):
+        if path.is_file() and path.parent.name != "secrets":
+            raw = path.read_bytes()
+            assert not any(key in raw or key.hex().encode() in raw for key in keys)
+
+
+def test_two_private_runs_of_one_seed_have_other_noise(private: Run, tmp_path: Path):
+    other = simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset())
+    assert learned(other.folder)["round-000003/weights.safetensors"] != learned(private.folder)["round-000003/weights.safetensors"]
+
+
+def test_a_private_run_goes_on_with_its_own_keys_or_not_at_all(tmp_path: Path):
+    stopped = simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset(), should_stop=stop_after(2))
+    keys = (stopped.folder / "secrets" / "noise.key").read_bytes()
+    assert simulate(resume=stopped.folder, dataset=small_dataset(), should_stop=stop_after(1)).state.round == 2
+    assert (stopped.folder / "secrets" / "noise.key").read_bytes() == keys
+    shutil.rmtree(stopped.folder / "secrets")
+    with pytest.raises(RunFolderError, match="resumes only with its own keys"):
+        simulate(resume=stopped.folder, dataset=small_dataset())
+
+
+def test_a_private_run_killed_before_its_keys_were_made_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*arguments: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", killed)
+        with pytest.raises(Killed):
+            simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset())
+    assert not (tmp_path / "run" / "secrets").exists()
+    assert simulate(resume=tmp_path / "run", dataset=small_dataset()).is_finished
+
+
+@lru_cache(maxsize=1)
+def contrastive() -> RunConfig:
+    return small_config({"task": [{"name": "next-item"}, {"name": "contrastive", "weight": 0.1, "negatives": 3}], "server": {"rounds": 2}})
+
+
+def test_the_contrastive_task_is_shown_to_teach_a_lone_user(tmp_path: Path):
+    found = run(contrastive(), tmp_path / "run").report["contrast"]
+    assert found["nonzero_share"] == 1.0 and found["users"] == 24
+    assert 1.0 < found["effective_rank"] <= found["width"] == 8
+    assert found["gradient_ratio"] > 0
