@@ -92,7 +92,7 @@ class LocalConfig(Settings):
     lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
     windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
-    grid_step: float = Field(2.0**-24, ge=2.0**-60, description="Without a clip: the grid to which updates are rounded, in units of the weights; a power of two")
+    grid_step: float = Field(2.0**-24, ge=2.0**-60, description="Without a clip: the grid to which updates are rounded, in the weights' units; a power of two")
 
 
 class ServerConfig(Settings):

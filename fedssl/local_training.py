@@ -151,7 +151,7 @@ class UsersModel:
     def encode(self, rows_UBL: Tensor) -> Tensor:
         """Hidden states (U, B, L, D), dropout applied."""
         U, B, L = rows_UBL.shape
-        rows_UBLD = self._table.look_up(rows_UBL.reshape(U, B * L)).view(U, B, L, -1)
+        rows_UBLD = self._table.look_up(rows_UBL.reshape(U, B * L)).view(U, B, L, self._table.rows_UKD.shape[-1])
         masks = self._masks.draw(B, L) if self._masks is not None else ()
         return self._encoder.encode(self._weights, rows_UBLD, rows_UBL == 0, masks)
 

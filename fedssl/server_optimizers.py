@@ -47,8 +47,9 @@ def adam(config: ServerConfig) -> ServerOptimizer:
         return {"mean": torch.zeros(num_weights), "square": torch.zeros(num_weights)}
 
     def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
-        mean = torch.lerp(mean_update, memory["mean"], config.momentum)
-        square = torch.lerp(mean_update.square(), memory["square"], config.beta2)
+        mean = torch.lerp(memory["mean"], mean_update, 1 - config.momentum)
+        # Not a lerp: in float32 it would take 1 - .999 for .99999e-3, beside the exact one in the bias correction.
+        square = torch.addcmul(memory["square"] * config.beta2, mean_update, mean_update, value=1 - config.beta2)
         root = (square / (1 - config.beta2**round)).sqrt_().add_(config.epsilon)
         return torch.addcdiv(weights, mean, root, value=lr / (1 - config.momentum**round)), {"mean": mean, "square": square}
 

@@ -1,0 +1,73 @@
+"""Parts by name: those that ship, one's own, and plain words for a name nobody knows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from fedssl.config import RunConfig, TaskConfig
+from fedssl.errors import ConfigError
+from fedssl.parts import TASKS, find, initial_weights, make_parts, make_task
+from fedssl.recipe import Recipe, make_recipe
+from fedssl.tasks.next_item import next_item
+from fedssl.weights import ITEMS
+
+
+def recipe(*, num_items: int = 20, **sections: Any) -> Recipe:
+    return make_recipe(RunConfig.model_validate({"encoder": {"width": 8, "hidden": 8, "window": 5}, **sections}), num_items=num_items, catalogue="")
+
+
+def test_a_recipe_becomes_its_parts():
+    parts = make_parts(recipe(task=[{"name": "next-item", "weight": 0.5}, {"name": "contrastive", "weight": 2.0}]))
+    assert [weight for _, weight in parts.tasks] == [0.5, 2.0]
+    assert parts.encoder.dropout_sites == 5
+    assert parts.layout.names[-1] == ITEMS and parts.layout.shapes[-1] == (21, 8)
+
+
+def test_a_task_of_weight_0_is_left_out():
+    parts = make_parts(recipe(task=[{"name": "contrastive", "weight": 0.0}, {"name": "next-item"}]))
+    assert [weight for _, weight in parts.tasks] == [1.0]
+    assert "read" in parts.tasks[0][0].draw(torch.ones(1, 1, 1, 3, dtype=torch.int64).numpy(), None).sequences  # type: ignore[arg-type]
+
+
+def test_first_weights_are_a_function_of_the_seed_and_row_0_is_zero():
+    one, again, other = (initial_weights(recipe(seed=seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one[ITEMS], other[ITEMS]) and not torch.equal(one["block0.qkv"], other["block0.qkv"])
+    assert not one[ITEMS][0].any() and one[ITEMS][1:].all()
+    assert all(leaf.isfinite().all() and leaf.dtype == torch.float32 for leaf in one.values())
+
+
+def test_the_random_state_of_torch_is_neither_read_nor_moved():
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = initial_weights(recipe())
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert all(torch.equal(leaf, first[name]) for name, leaf in initial_weights(recipe()).items())
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"encoder": {"name": "sasrek"}}, "there is no encoder 'sasrek'; there is sasrec, or package.module:name of your own"),
+        ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, next-item, or"),
+        ({"server": {"optimizer": "adamw"}}, "there is no server optimiser 'adamw'; there is adam, sgd, or"),
+        ({"task": [{"name": "no.such.module:task"}]}, "task 'no.such.module:task' cannot be loaded (No module named 'no'"),
+        ({"task": [{"name": "fedssl.tasks.next_item:task"}]}, "cannot be loaded (module 'fedssl.tasks.next_item' has no attribute 'task')"),
+        ({"task": [{"name": ":task"}]}, "task ':task' cannot be loaded (Empty module name)"),
+    ],
+)
+def test_a_name_nobody_knows_is_refused_with_those_there_are(sections: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_parts(recipe(**sections))
+
+
+def test_a_part_of_ones_own_is_found_by_package_and_name():
+    assert find(TASKS, "fedssl.tasks.next_item:next_item", what="task") is next_item
+    assert find(TASKS, "next-item", what="task") is next_item
+    task = make_task(TaskConfig(name="fedssl.tasks.next_item:next_item", negatives=3), num_items=9)
+    assert callable(task.draw) and callable(task.loss)
