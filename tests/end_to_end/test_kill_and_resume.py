@@ -1,0 +1,310 @@
+"""A run is killed (SIGKILL) at chosen points and at random moments, resumed, killed again, and ends with the same bytes.
+
+Everything is on: counts with noise, a clip, heads, dropout, Adam, two nodes, two workers, a checkpoint every second round. The
+run is a forked child; there, and only there, one function is replaced by itself with a kill before, after or within.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from fedssl_server import rounds
+from fedssl_simulations import run as run_module
+from fedssl_simulations.run import simulate
+from fedssl_simulations.run_folder import read_lines
+from small import KEYS, PLAN, learned, small_config, small_dataset
+
+from fedssl import checkpoints, client_round, server_round
+from fedssl.heads import store as heads_store
+from fedssl.privacy import clipping, ledger
+from fedssl.privacy.plan import make_plan
+
+USERS = 16
+CONFIG = small_config(
+    PLAN,
+    {
+        "encoder": {"dropout": 0.1},
+        "counts": {"clip_norm": 1.0, "lags": 2},
+        "head": {"name": "user-vector", "lr": 0.5},
+        "local": {"steps": 2, "lr": 0.1},
+        "server": {"rounds": 6, "cohort": 8, "optimizer": "adam"},
+        "privacy": {"counts_noise_multiplier": 0.5},
+        "system": {"shards": 2, "workers": 2, "users_per_chunk": 2, "checkpoint_every": 2},
+    },
+)
+
+Sabotage = Callable[[], None]
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # Another thread may still run until the signal arrives; this one goes no further.
+
+
+# ---- where a kill may fall ----
+
+
+def replaced(owner: Any, name: str, call: int, when: str, *, target: str = "", within: Callable[..., None] | None = None) -> None:
+    """In this process, kill it at the ``call``-th call of a function: before it, after it, or ``within`` a stand-in that does half of it.
+
+    ``target``: count only calls that name this file.
+    """
+    real, seen = getattr(owner, name), [0]
+
+    def function(*arguments: Any, **named: Any) -> Any:
+        if target and not any(target in str(argument) for argument in arguments):
+            return real(*arguments, **named)
+        seen[0] += 1
+        is_now = seen[0] == call
+        if is_now and within is not None:
+            within(*arguments, **named)
+            die()
+        if is_now and when == "before":
+            die()
+        result = real(*arguments, **named)
+        if is_now and when == "after":
+            die()
+        return result
+
+    setattr(owner, name, function)
+
+
+def at(owner: Any, name: str, call: int, when: str, **more: Any) -> Sabotage:
+    return partial(replaced, owner, name, call, when, **more)
+
+
+def half_a_line(self: Any, file: Any, entry: Any) -> None:
+    """The ledger's line, torn in the middle."""
+    file.seek(self._good)
+    file.write(b'{"kind":"charge","pha')
+    file.flush()
+
+
+def half_a_metric(path: Path, values: Any) -> None:
+    with path.open("a") as file:
+        file.write('{"phase": "training", "rou')
+
+
+def in_heads(call: int, when: str) -> Sabotage:
+    """At the ``call``-th change of heads in the memory map: the journal knows of it, the file not yet, half, or wholly."""
+
+    def sabotage() -> None:
+        seen = [0]
+
+        class Killing(np.memmap):
+            def __setitem__(self, place: Any, value: Any) -> None:
+                seen[0] += 1
+                if seen[0] == call:
+                    if when == "half":
+                        chosen = np.atleast_1d(place)
+                        half = len(chosen) // 2 + 1
+                        np.asarray(self)[chosen[:half]] = np.asarray(value).reshape(len(chosen), -1)[:half]
+                    if when == "after":
+                        np.asarray(self)[place] = value
+                    die()
+                super().__setitem__(place, value)
+
+        real = heads_store.HeadStore.__init__
+
+        def made(self: Any, *arguments: Any) -> None:
+            real(self, *arguments)
+            self._heads = self._heads.view(Killing)
+
+        heads_store.HeadStore.__init__ = made  # type: ignore[method-assign]
+
+    return sabotage
+
+
+class Kills(NamedTuple):
+    """One history of a run: killed at these points one after the other, each time resumed."""
+
+    name: str
+    points: tuple[Sabotage, ...]
+
+
+def once(name: str, *points: Sabotage) -> Kills:
+    return Kills(name, points)
+
+
+# Two nodes: additions 1 and 2 are of the counts, 3 to 14 of the training's six rounds.
+ADD = [at(rounds, "add", call, when) for call, when in ((1, "before"), (2, "before"), (2, "after"), (3, "after"), (6, "before"), (9, "after"), (14, "after"))]
+HISTORIES = [
+    once("before the run is written down", at(os, "replace", 1, "before", target="run.toml")),
+    once("after the run is written down", at(os, "replace", 1, "after", target="run.toml")),
+    once("while a store of heads is made", at(os, "replace", 1, "before", target="heads.json")),
+    *(once(f"inside the fold, {number}", point) for number, point in enumerate(ADD)),
+    once("inside the counts of a node", at(client_round, "sum_transitions", 1, "before")),
+    once("after the counts of a node", at(client_round, "sum_transitions", 2, "after")),
+    once("inside the release of the counts", at(server_round, "keep_top", 1, "before")),
+    once("inside a chunk", at(clipping.GridTotal, "add", 5, "before")),
+    once("inside a later chunk", at(clipping.GridTotal, "add", 17, "after")),
+    once("before a charge", at(rounds, "begin_attempt", 4, "before")),
+    once("between a charge and its cohort", at(rounds, "begin_attempt", 4, "after")),
+    once("in the append to the ledger", at(ledger.Ledger, "_write", 7, "", within=half_a_line)),
+    once("in the first line of the ledger", at(ledger.Ledger, "_write", 1, "", within=half_a_line)),
+    once("between totals and seal", at(rounds, "may_draw_noise", 3, "before")),
+    once("between seal and noise", at(rounds, "may_draw_noise", 3, "after")),
+    once("between seal and noise of the counts", at(rounds, "may_draw_noise", 1, "after")),
+    once("between noise and new weights", at(server_round, "gaussian_steps", 4, "after")),
+    once("before a line of metrics", at(run_module, "append_line", 4, "before")),
+    once("in a line of metrics", at(run_module, "append_line", 4, "", within=half_a_metric)),
+    once("after a line of metrics", at(run_module, "append_line", 5, "after")),
+    once("in a checkpoint, first file", at(checkpoints, "save_file", 4, "after")),
+    once("in a checkpoint, before its rename", at(os, "rename", 2, "before", target=".new")),
+    once("in a checkpoint, after its rename", at(os, "rename", 2, "after", target=".new")),
+    once("before an old checkpoint is taken away", at(os, "rename", 1, "before", target=".old")),
+    once("while an old checkpoint is removed", at(os, "unlink", 3, "before", target="safetensors")),
+    once("after an old checkpoint was removed", at(shutil, "rmtree", 1, "after", target=".old")),
+    once("between journal and heads", in_heads(5, "before")),
+    once("half of the heads written", in_heads(5, "half")),
+    once("heads written, journal too", in_heads(5, "after")),
+    once("before the journal's rename", at(os, "replace", 1, "before", target="journal")),
+    once("after the journal's rename", at(os, "replace", 2, "after", target="journal")),
+    once("before the report", at(os, "replace", 1, "before", target="report.json")),
+    once("after the report", at(os, "replace", 1, "after", target="report.json")),
+    # Killed again while the damage of the first kill is being undone.
+    once("while heads are taken back", at(run_module, "append_line", 4, "after"), in_heads(1, "before")),
+    once("half of a head taken back", at(run_module, "append_line", 6, "after"), in_heads(2, "after"), in_heads(3, "before")),
+    once("in the journal's rename after taking back", at(run_module, "append_line", 6, "before"), at(os, "replace", 1, "before", target="journal")),
+    once("while metrics are cut back", at(run_module, "append_line", 6, "after"), at(os, "replace", 1, "before", target="metrics")),
+    once("in the fold, again and again", ADD[2], ADD[0], ADD[3], ADD[1]),
+    once("sealed, killed, played again, killed again", at(rounds, "may_draw_noise", 4, "after"), at(rounds, "may_draw_noise", 2, "after")),
+    once("torn ledger, then torn again", at(ledger.Ledger, "_write", 7, "", within=half_a_line), at(ledger.Ledger, "_write", 1, "", within=half_a_line)),
+]
+
+
+# ---- a run in a child of its own ----
+
+
+def play(folder: Path) -> None:
+    if (folder / "run.toml").exists():
+        simulate(resume=folder, dataset=small_dataset(users=USERS), keys=KEYS)
+    else:
+        simulate(CONFIG, out=folder, dataset=small_dataset(users=USERS), keys=KEYS)
+
+
+def start(folder: Path, sabotage: Sabotage | None = None) -> int:
+    """Begin the run or go on with it, in a forked child; its process number."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    try:
+        torch.set_num_threads(1)
+        # A killed process loses nothing that it gave to the operating system, so waiting for the disk proves nothing here.
+        os.fsync = lambda descriptor: None  # type: ignore[assignment]
+        if sabotage is not None:
+            sabotage()
+        play(folder)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def wait(child: int) -> int:
+    """Its exit code; -9: killed."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
+
+
+class Reference(NamedTuple):
+    learned: dict[str, bytes]
+    metrics: list[dict[str, Any]]
+    epsilons: list[float]
+    seconds: float
+
+
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    return [{name: value for name, value in line.items() if name not in ("seconds", "epsilon")} for line in read_lines(folder / "metrics.jsonl")]
+
+
+def epsilons_of(folder: Path) -> list[float]:
+    return [line["epsilon"] for line in read_lines(folder / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("never-killed") / "run"
+    torch.set_num_threads(1)
+    plan = make_plan(CONFIG.privacy, CONFIG.server, CONFIG.counts, USERS)
+    assert plan is not None
+    # The accountant remembers what it was asked, and a child inherits it: children are then quick.
+    for count in range(CONFIG.server.rounds + 1):
+        plan.epsilon({"counts": 1, "training": count})
+    begun = time.monotonic()
+    assert wait(start(folder)) == 0
+    return Reference(learned(folder), metrics_of(folder), epsilons_of(folder), time.monotonic() - begun)
+
+
+def check_is_as_if_never_killed(folder: Path, reference: Reference) -> None:
+    assert wait(start(folder)) == 0
+    found = learned(folder)
+    assert found.keys() == reference.learned.keys()
+    assert [name for name in found if found[name] != reference.learned[name]] == []
+    assert metrics_of(folder) == reference.metrics
+    # A round that is played again says what was charged by then, later rounds that were lost included; in the end all is equal.
+    assert all(ours >= theirs for ours, theirs in zip(epsilons_of(folder), reference.epsilons, strict=True))
+    assert epsilons_of(folder)[-1] == reference.epsilons[-1]
+    assert ledger.Ledger(folder / "ledger.jsonl").charged() == {"counts": 1, "training": CONFIG.server.rounds}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"round-{CONFIG.server.rounds:06d}"]
+    assert (folder / "report.json").exists()
+
+
+def test_the_reference_learned_something_in_every_part(never_killed: Reference):
+    assert never_killed.learned.keys() == {
+        *(f"round-000006/{name}.safetensors" for name in ("counts", "optimizer", "weights")),
+        "node-000/user-vector.f32",
+        "node-001/user-vector.f32",
+    }
+    assert all(any(raw) for raw in never_killed.learned.values())
+    assert len(never_killed.metrics) == 1 + CONFIG.server.rounds
+
+
+def test_at_least_thirty_kills_at_chosen_points(capsys: pytest.CaptureFixture[str]):
+    kills = sum(len(history.points) for history in HISTORIES)
+    with capsys.disabled():
+        print(f" {kills} kills at chosen points in {len(HISTORIES)} histories ", end="")
+    assert kills >= 30
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=lambda history: history.name)
+def test_killed_at_a_chosen_point_and_resumed_it_ends_with_the_same_bytes(history: Kills, never_killed: Reference, tmp_path: Path):
+    for point in history.points:
+        assert wait(start(tmp_path / "run", point)) == -signal.SIGKILL, "the point was never reached"
+    check_is_as_if_never_killed(tmp_path / "run", never_killed)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(
+    seed: int, never_killed: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    chance, kills = random.Random(seed), 0
+    for _ in range(4):
+        child = start(tmp_path / "run")
+        time.sleep(chance.random() * 0.4 * never_killed.seconds)
+        os.kill(child, signal.SIGKILL)
+        kills += wait(child) == -signal.SIGKILL
+    with capsys.disabled():
+        print(f" {kills} kills ", end="")
+    assert kills >= 1
+    check_is_as_if_never_killed(tmp_path / "run", never_killed)
