@@ -59,16 +59,17 @@ def test_a_flat_vector_is_a_copy_and_its_parts_are_views():
     assert flat_P.tolist() == [7, 7, 0, 0, 0, 0]
 
 
-def test_numpy_and_back_is_the_same_memory_and_read_only_memory_is_copied():
+def test_arrays_share_the_memory_of_tensors_and_tensors_never_that_of_arrays():
+    """Products may round differently over memory of another alignment, and bytes from a wire lie anywhere."""
     weights = numbered({"a": (2,), ITEMS: (2, 2)})
     arrays = to_numpy(weights)
-    again = from_numpy(arrays)
-    assert all(torch.equal(again[name], leaf) for name, leaf in weights.items())
-    again["a"][0] = 5.0
+    arrays["a"][0] = 5.0
     assert weights["a"][0] == 5.0
-    arrays["a"].flags.writeable = False
-    copied = from_numpy(arrays)["a"]
-    copied[0] = 6.0
+    shifted = np.frombuffer(b"?" + arrays[ITEMS].tobytes(), dtype=np.uint8)[1:].view(np.float32).reshape(2, 2)
+    again = from_numpy({"a": arrays["a"], ITEMS: shifted})
+    assert all(torch.equal(again[name], leaf) for name, leaf in weights.items())
+    assert all(leaf.data_ptr() % 16 == 0 for leaf in again.values())
+    again["a"][0] = 6.0
     assert weights["a"][0] == 5.0
 
 

@@ -97,7 +97,7 @@ def squared_norms(x_BN: Tensor) -> Tensor:
     """Squared L2 norms in float64, with a relative error below 2^-17 where they are above 2^-110. Shape: (B,)."""
     whole = x_BN.shape[1] // 64 * 64
     if whole:
-        norms_BN = torch.linalg.vector_norm(x_BN[:, :whole].view(len(x_BN), -1, 64), dim=2)
+        norms_BN: Tensor = torch.linalg.vector_norm(x_BN[:, :whole].view(len(x_BN), -1, 64), dim=2)
         total_B = norms_BN.double().square().sum(1)
     else:
         total_B = torch.zeros(len(x_BN), dtype=torch.float64)
