@@ -66,5 +66,9 @@ def to_numpy(weights: Mapping[str, Tensor]) -> dict[str, NDArray[np.float32]]:
 
 
 def from_numpy(tensors: Mapping[str, NDArray[np.float32]]) -> Weights:
-    """Tensors over the same memory; a copy where it is read-only."""
-    return {name: torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy()) for name, leaf in tensors.items()}
+    """The same values as tensors, in memory that torch aligned.
+
+    Matrix products may round differently over memory of another alignment, and bytes that came over a wire lie anywhere:
+    without this copy, nodes with the same weights would differ in the last bit.
+    """
+    return {name: torch.empty(leaf.shape).copy_(torch.from_numpy(leaf if leaf.flags.writeable else leaf.copy())) for name, leaf in tensors.items()}
