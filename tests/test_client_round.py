@@ -172,6 +172,15 @@ def test_without_a_clip_a_coordinate_beyond_the_grid_counts_as_zero():
     assert not dense(upload).any() and not dense(upload, "weight").any()
 
 
+def test_the_head_of_a_user_beyond_the_grid_is_not_changed_though_it_is_finite(tmp_path: Path):
+    config = small_config(HEADS, {"local": {"lr": 1e4}})
+    shard = shard_of(config, small_dataset(), tmp_path)
+    client_round(ask(config, small_dataset(), [1, 2, 3]), shard)
+    store = shard.heads(recipe_of(config, small_dataset()))
+    assert store is not None and shard.notes.broken_users == 3
+    assert not store.read(np.arange(24)).any()
+
+
 def test_heads_change_where_they_live_and_are_in_no_upload(tmp_path: Path):
     config = small_config(HEADS)
     shard = shard_of(config, small_dataset(), tmp_path)
