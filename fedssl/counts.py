@@ -145,7 +145,8 @@ class CountsScorer:
         size = stop - start
         cell = np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
         place = np.repeat(owner * width, size) + self._counts.columns[cell]
-        total = np.bincount(place, self._cells[cell] * np.repeat(weight, size), minlength=n * width).reshape(n, width).astype(np.float32)
+        summed = np.bincount(place, self._cells[cell] * np.repeat(weight, size), minlength=n * width)
+        total: NDArray[np.float32] = summed.reshape(n, width).astype(np.float32)
         if config.form == "log-lift":
             return total + self._prior
         return np.log1p(config.scale * total, out=total)
