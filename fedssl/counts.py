@@ -147,6 +147,5 @@ class CountsScorer:
         place = np.repeat(owner * width, size) + self._counts.columns[cell]
         summed = np.bincount(place, self._cells[cell] * np.repeat(weight, size), minlength=n * width)
         total: NDArray[np.float32] = summed.reshape(n, width).astype(np.float32)
-        if config.form == "log-lift":
-            return total + self._prior
-        return np.log1p(config.scale * total, out=total)
+        scores: NDArray[np.float32] = total + self._prior if config.form == "log-lift" else np.log1p(config.scale * total, out=total)
+        return scores
