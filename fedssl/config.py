@@ -92,7 +92,9 @@ class LocalConfig(Settings):
     lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
     windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
-    grid_step: float = Field(2.0**-24, ge=2.0**-60, description="Without a clip: the grid to which updates are rounded, in the weights' units; a power of two")
+    grid_step: float = Field(
+        2.0**-20, ge=2.0**-60, description="Without a clip: the grid of updates, a power of two; a coordinate beyond 2^24 steps breaks its user"
+    )
 
 
 class ServerConfig(Settings):
@@ -177,7 +179,7 @@ class RunConfig(Settings):
         if not any(task.weight > 0 for task in self.task):
             raise ValueError("[[task]] has no task with a weight above 0; nothing would be learned")
         if self.local.grid_step != 2.0 ** round(_log2(self.local.grid_step)):
-            raise ValueError(f"[local] grid_step {self.local.grid_step} is not a power of two; try 2^-24 = {2.0**-24}")
+            raise ValueError(f"[local] grid_step {self.local.grid_step} is not a power of two; try 2^-20 = {2.0**-20}")
         if self.privacy.has_plan:
             if self.server.sampling != "poisson":
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")

@@ -61,6 +61,11 @@ def initial_weights(recipe: Recipe) -> Weights:
     return weights | {ITEMS: items}
 
 
+def foreign_names(recipe: Recipe) -> list[str]:
+    """Parts of a recipe that do not ship but are named as ``package.module:name``."""
+    return [name for name in (recipe.encoder.name, *(task.name for task in recipe.task), recipe.server.optimizer) if ":" in name]
+
+
 def find(known: Mapping[str, Any], name: str, *, what: str) -> Any:
     """A part by its name, or by ``package.module:name``. Raises ConfigError that lists what there is."""
     if name in known:

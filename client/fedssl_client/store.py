@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,15 @@ def users_of(folder: Path) -> NDArray[np.int64]:
     if users.dtype != np.int64 or users.ndim != 1 or not len(users) or users[0] < 0 or not (np.diff(users) > 0).all():
         raise DataError(f"{path}: wanted numbers from 0, each once and sorted; lay the node's folder out again")
     return users
+
+
+def allowed_parts(folder: Path) -> set[str]:
+    """Parts of other packages (``module:name``) that the node's owner lets a recipe name: "parts" in node.json, none where it is missing."""
+    try:
+        parts = json.loads((folder / "node.json").read_text()).get("parts", [])
+        return {str(name) for name in parts}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"{folder / 'node.json'}: cannot be read ({error}); lay the node's folder out again") from None
 
 
 @contextmanager

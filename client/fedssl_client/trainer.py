@@ -14,9 +14,10 @@ from pathlib import Path
 
 from fedssl.client_round import Shard, client_round, open_shard
 from fedssl.errors import FedSSLError, WireError
+from fedssl.parts import foreign_names
 from fedssl.records import Download, Upload
 from fedssl.wire import download_from_bytes, to_bytes
-from fedssl_client.store import locked
+from fedssl_client.store import allowed_parts, locked
 
 
 def answer(download: Download | bytes, shard: Shard) -> Upload:
@@ -26,8 +27,17 @@ def answer(download: Download | bytes, shard: Shard) -> Upload:
 
 
 def train(download: bytes, store: str) -> bytes:
-    """The Upload of the store's users, as bytes. A second call for the same store waits for the first."""
+    """The Upload of the store's users, as bytes. A second call for the same store waits for the first.
+
+    Raises WireError for a recipe whose parts are not those that ship: ``module:name`` would let a server call whatever is
+    installed here, so it is followed only where the node's own `node.json` lists it under "parts".
+    """
     record = download_from_bytes(download)
+    foreign = set(foreign_names(record.recipe)) - allowed_parts(Path(store))
+    if foreign:
+        raise WireError(
+            f'the recipe names {sorted(foreign)[0]}, which is no part of fedssl; a node follows it only where its node.json allows that under "parts"'
+        )
     with locked(Path(store)):
         return to_bytes(answer(record, open_shard(Path(store))))
 

@@ -147,7 +147,10 @@ class Plan:
         caveats = ["The server is trusted: it sees each node's clipped sums before noise is added."]
         if any(phase.rate < 1 for phase in self.phases):
             caveats.append("Amplification by sampling holds against whoever sees the models, not against the server or the network, which see who takes part.")
-        caveats.append("A catalogue and a k-core filter made from private data are outside epsilon; give a public catalogue to cover them.")
+        caveats.append(
+            "A catalogue and a k-core filter made from private data are outside epsilon (give a public catalogue), and so are the data set's fingerprint and "
+            "its numbers of users and events, which a report names."
+        )
         caveats.append("Hyper-parameters chosen by looking at private data are outside epsilon; take them from a preset.")
         if self.delta * self.num_users >= 1:
             caveats.append(f"delta {self.delta:g} is not below 1 / users ({1 / self.num_users:.2g}): it allows a mechanism that gives one user away entirely.")

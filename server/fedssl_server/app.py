@@ -48,7 +48,7 @@ def run_folder() -> Path:
     if not name:
         raise RunFolderError("FEDSSL_RUN_DIR is not set; start the server's flower-superexec with FEDSSL_RUN_DIR=<run folder> in its environment")
     if not Path(name).is_dir():
-        raise RunFolderError(f"FEDSSL_RUN_DIR={name}: no such folder; `fedssl server init` makes one")
+        raise RunFolderError(f"FEDSSL_RUN_DIR={name}: no such folder; make it, with run.toml and catalogue.jsonl in it")
     return Path(name)
 
 

@@ -78,10 +78,8 @@ def main() -> None:
         command = [sys.executable, "-c", "from fedssl_simulations.cli import main; main()", "simulate", "ml-1m", "--quiet", "--out", str(Path(folder) / "run")]
         settings = ["--set", f"server.rounds={arguments.rounds}", "--set", "evaluation.every=50"]
         row["ml-1m run"], seconds = peak_pss(command + settings)
-    print(
-        f"ML-1M run, {arguments.rounds} rounds with counts, evaluation and report: {row['ml-1m run'] / 1e6:.0f} MB at its peak (wanted under 1200), {seconds:.0f} s",
-        flush=True,
-    )
+    peak = f"{row['ml-1m run'] / 1e6:.0f} MB at its peak (wanted under 1200)"
+    print(f"ML-1M run, {arguments.rounds} rounds with counts, evaluation and report: {peak}, {seconds:.0f} s", flush=True)
     for nodes in (64, 2048):
         row[f"server, {nodes} nodes"], seconds = peak_pss([sys.executable, "-c", SERVER, str(nodes)])
         print(f"server's part, cohort of {nodes:5d} one-user nodes: {row[f'server, {nodes} nodes'] / 1e6:.0f} MB, {seconds:.0f} s for two rounds", flush=True)

@@ -44,9 +44,8 @@ def main() -> None:
     jobs[FEDERATED] = lambda: federated(config, dataset)
     jobs[EQUAL] = lambda: federated(config.model_copy(update={"server": config.server.model_copy(update={"weighting": "equal"})}), dataset)
     settings = results.settings_hash({"config": config.model_dump(mode="json", exclude={"system", "evaluation"}), "data": dataset.histories.fingerprint})
-    print(
-        f"{arguments.preset}: {dataset.histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {dataset.histories.num_events:,} events; settings {settings}"
-    )
+    histories = dataset.histories
+    print(f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; settings {settings}")
     print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")
     for name, job in jobs.items():
         if arguments.only and name not in arguments.only:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,7 @@ def _makers(config: RunConfig, dataset: Dataset) -> Iterator[tuple[str, Callable
     ks = config.evaluation.ks
 
     def measured(scorer: Scorer) -> dict[str, Any]:
-        return {split: evaluate(scorer, histories, split, ks=ks).summary() for split in ("validation", "test")}  # type: ignore[arg-type]
+        return {split: evaluate(scorer, histories, split, ks=ks).summary() for split in ("validation", "test")}
 
     def alone() -> dict[str, Any]:
         ranks, about = each_alone(recipe, histories, ks=ks)
@@ -73,7 +73,7 @@ def counts_alone(histories: Histories, num_items: int, config: CountsConfig) -> 
     sparse, _ = sum_transitions(histories, np.arange(histories.num_users), config, num_items=num_items, step=step)
     scorer = CountsScorer(from_cells(sparse.rows, sparse.columns, sparse.values * step, num_items=num_items), config)
 
-    def score(past: list[NDArray[np.int32]], users: NDArray[np.int64]) -> Tensor:
+    def score(past: Sequence[NDArray[np.int32]], users: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(scorer(past))
 
     return score

@@ -7,7 +7,7 @@ who takes many local steps and never meets anybody.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -90,7 +90,7 @@ def _all_rows(items_UKD: Tensor, rows_UK: Tensor | None, num_items: int) -> Tens
 
 
 def each_alone(
-    recipe: Recipe, histories: Histories, *, users: int = 256, steps: int = 10, lrs: tuple[float, ...] = (1.0, 3.0, 10.0), ks: tuple[int, ...] = (5, 10)
+    recipe: Recipe, histories: Histories, *, users: int = 128, steps: int = 10, lrs: tuple[float, ...] = (1.0, 3.0, 10.0), ks: tuple[int, ...] = (5, 10)
 ) -> tuple[dict[str, Ranks], dict[str, Any]]:
     """Every user trains the initial weights on their own history alone; ranks of validation and test, and what was chosen.
 
@@ -105,7 +105,7 @@ def each_alone(
     for lr in lrs:
         local = recipe.local.model_copy(update={"steps": steps, "lr": lr, "windows": 1})
 
-        def alone(past: list[NDArray[np.int32]], mine: NDArray[np.int64], local: Any = local) -> Tensor:
+        def alone(past: Sequence[NDArray[np.int32]], mine: NDArray[np.int64], local: Any = local) -> Tensor:
             scores = []
             for first in range(0, len(mine), 8):
                 some = slice(first, first + 8)

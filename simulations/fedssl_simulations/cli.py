@@ -223,6 +223,27 @@ def describe(
 
 
 @data.command()
+def convert(
+    path: Annotated[str, typer.Argument(help="A file of histories; a bare name is also looked up in $FEDSSL_DATA")],
+    out: Annotated[Path, typer.Argument(help="Folder of the store; made anew")],
+    min_events: Annotated[int, typer.Option(min=1, help="Filter users and items with fewer events")] = 5,
+    file_format: Annotated[str, typer.Option("--format", help="auto, inter, lines, or package.module:name")] = "auto",
+    items: Annotated[str, typer.Option(help="A RecBole .item file with titles and attributes")] = "",
+) -> None:
+    """Make the memory-mapped store of a data set: it opens at once, and is shared by processes.
+
+    Example: fedssl data convert ml-1m.inter.gz stores/ml-1m
+    """
+    from fedssl.config import DataConfig
+    from fedssl.data.dataset import load_dataset, write_dataset
+
+    dataset = load_dataset(DataConfig(path=path, min_events=min_events, format=file_format, items=items))
+    write_dataset(dataset, out)
+    histories = dataset.histories
+    typer.echo(f"{out}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events")
+
+
+@data.command()
 def synthesize(
     out: Annotated[Path, typer.Argument(help="File to write, one line a user; a name ending in .inter gets RecBole's format")],
     users: Annotated[int, typer.Option(min=1)] = 2000,
@@ -250,6 +271,7 @@ def synthesize(
 
 def _finish(run: Run, as_json: bool) -> None:
     from fedssl_simulations.report import write_report
+    from fedssl_simulations.run_folder import read_lines
 
     page = run.folder / "report.html"
     write_report([run.folder], page)
@@ -264,6 +286,9 @@ def _finish(run: Run, as_json: bool) -> None:
             f"  users with a non-zero contrastive gradient: {contrast['nonzero_share']:.1%} of {contrast['users']}; "
             f"norm over the next item's: {ratio}; effective rank {contrast['effective_rank']:.1f} of {contrast['width']}"
         )
+    broken = sum(line.get("researcher_only", line).get("broken_users", 0) for line in read_lines(run.folder / "metrics.jsonl"))
+    if broken:
+        typer.echo(f"warning: {broken} updates were broken (nan, inf, beyond the grid) and counted as zero; try a larger local.grid_step or a smaller local.lr")
     cost = run.report["cost"]
     typer.echo(
         f"{cost['rounds']} rounds in {cost['seconds']:.0f} s, {cost['users_per_second']:.0f} users a second, "
@@ -367,3 +392,7 @@ def _quality(progress: Progress) -> str:
 def _fail(message: str, code: int) -> None:
     typer.echo(message, err=True)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

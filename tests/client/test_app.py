@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,14 @@ def test_a_second_process_waits_for_a_store(tmp_path: Path):
         with pytest.raises(subprocess.TimeoutExpired):
             other.wait(timeout=1.0)
     assert other.communicate(timeout=30)[0] == b"in\n"
+
+
+def test_a_part_of_another_package_is_followed_only_where_the_owner_lists_it(store: Path):
+    recipe = recipe_of()
+    foreign = recipe.model_copy(update={"server": recipe.server.model_copy(update={"optimizer": "fedssl.server_optimizers:sgd"})})
+    asked = wire.to_bytes(download_of(foreign, [0]))
+    with pytest.raises(WireError, match=r"fedssl\.server_optimizers:sgd, which does not ship"):
+        train(asked, str(store))
+    settings = json.loads((store / "node.json").read_text())
+    (store / "node.json").write_text(json.dumps({**settings, "parts": ["fedssl.server_optimizers:sgd"]}))
+    assert wire.upload_from_bytes(train(asked, str(store))).sums["update"].any()

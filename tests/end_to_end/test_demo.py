@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from fedssl_simulations.baselines import run_baselines
+from fedssl_simulations.run import simulate
+from fedssl_simulations.run_files import read_run
 
 from fedssl.config import DataConfig
 from fedssl.data.dataset import Dataset, make_dataset
 from fedssl.data.histories import shuffled_in_time
 from fedssl.data.synthetic import synthesize
-from fedssl_simulations.baselines import run_baselines
-from fedssl_simulations.run import simulate
-from fedssl_simulations.run_files import read_run
 
 SMALL = ["encoder.width=16", "encoder.hidden=32", "encoder.window=30", "server.rounds=240", "server.cohort=64", "evaluation.every=0"]
 

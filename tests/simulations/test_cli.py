@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-
 from fedssl_simulations.cli import main
 
 TINY = """
@@ -173,3 +175,31 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
         assert fedssl(*words, "--help") == 0
         assert "Example: fedssl" in capsys.readouterr().out
+
+
+def test_a_store_gives_the_run_of_its_file(tiny: Path, tmp_path: Path):
+    assert fedssl("data", "convert", tiny / "h.txt", tmp_path / "store") == 0
+    assert fedssl("simulate", tiny / "run.toml", "--set", f"data.path={tmp_path / 'store'}", "--out", tmp_path / "run", "-q") == 0
+    assert (tmp_path / "run" / "checkpoints" / "round-000003" / "weights.safetensors").read_bytes() == (checkpoint(tiny) / "weights.safetensors").read_bytes()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny: Path, tmp_path: Path):
+    words = [sys.executable, "-m", "fedssl_simulations.cli", "simulate"]
+    settings = ["--set", "server.rounds=100000", "--set", "system.checkpoint_every=100000"]
+    process = subprocess.Popen([*words, tiny / "run.toml", "--out", tmp_path / "run", *settings], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"go on with: fedssl simulate --resume {tmp_path / 'run'}" in said
+    assert "Traceback" not in said
+    assert next((tmp_path / "run" / "checkpoints").glob("round-*")).name > "round-000003"
+
+
+def test_python_offers_simulate_and_read_run():
+    from fedssl_simulations import read_run, simulate
+
+    assert callable(simulate)
+    assert read_run("demo").preset == "demo"
