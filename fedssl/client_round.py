@@ -229,7 +229,7 @@ def _train_chunk(
     )
     # Without a plan the weight is a declared sum: whole steps, so that numerator and denominator agree exactly.
     full = recipe.local.steps * recipe.local.windows * window
-    share_U = batch.positions_U / full if recipe.server.weighting == "positions" else (batch.positions_U > 0).astype(np.float64)
+    share_U = batch.positions_U / full if recipe.server.weighting == "positions" else (~batch.is_idle_U).numpy().astype(np.float64)
     steps_U = np.rint(share_U / WEIGHT_STEP).astype(np.int64)
     if recipe.privacy.has_plan:
         weight_U = torch.ones(len(users_U))

@@ -147,7 +147,7 @@ def test_a_part_of_another_package_is_followed_only_where_the_owner_lists_it(sto
     recipe = recipe_of()
     foreign = recipe.model_copy(update={"server": recipe.server.model_copy(update={"optimizer": "fedssl.server_optimizers:sgd"})})
     asked = wire.to_bytes(download_of(foreign, [0]))
-    with pytest.raises(WireError, match=r"fedssl\.server_optimizers:sgd, which does not ship"):
+    with pytest.raises(WireError, match=r"fedssl\.server_optimizers:sgd, which is no part of fedssl"):
         train(asked, str(store))
     settings = json.loads((store / "node.json").read_text())
     (store / "node.json").write_text(json.dumps({**settings, "parts": ["fedssl.server_optimizers:sgd"]}))
