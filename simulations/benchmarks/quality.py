@@ -43,7 +43,7 @@ def main() -> None:
     }
     jobs[FEDERATED] = lambda: federated(config, dataset)
     jobs[EQUAL] = lambda: federated(config.model_copy(update={"server": config.server.model_copy(update={"weighting": "equal"})}), dataset)
-    settings = results.settings_hash({"config": config.model_dump(mode="json", exclude={"system", "evaluation"}), "data": dataset.histories.fingerprint})
+    settings = results.settings_hash({"config": config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True), "data": dataset.histories.fingerprint})
     histories = dataset.histories
     print(f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; settings {settings}")
     print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")

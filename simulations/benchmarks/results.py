@@ -31,7 +31,7 @@ def rows(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def newest(name: str, **match: Any) -> dict[str, Any] | None:
+def newest(name: str, /, **match: Any) -> dict[str, Any] | None:
     """The last row whose fields equal ``match``."""
     found = [row for row in rows(name) if all(row.get(key) == value for key, value in match.items())]
     return found[-1] if found else None

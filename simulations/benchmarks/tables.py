@@ -1,0 +1,96 @@
+"""The README's tables, from results/*.jsonl: every number there was printed by a script beside this one.
+
+    python simulations/benchmarks/tables.py            (rewrites the part of README.md between the markers)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import results
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+QUALITY = (
+    ("popularity", "popularity"),
+    ("each alone", "each user alone (a sample)"),
+    ("markov", "Markov, last three items decayed"),
+    ("log-lift counts", "item-to-item counts alone, log-lift"),
+    ("central", "central training of the same encoder"),
+    ("federated, equal weights", "**federated**, users weigh alike"),
+    ("federated, weights by positions", "**federated**, weights by positions"),
+)
+
+
+def main() -> None:
+    text = README.read_text()
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    parts = [quality("ml-1m"), quality("beauty"), throughput(), memory()]
+    README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
+
+
+def quality(preset: str) -> str:
+    rows = [(label, row) for name, label in QUALITY if (row := results.newest("quality", preset=preset, name=name)) is not None]
+    if not rows:
+        return ""
+    lines = [
+        f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
+        f"seed {rows[0][1]['seed']}, {cores(rows)}).",
+        "",
+        "| recommender | `all` | `unseen` | seconds |",
+        "|---|---|---|---|",
+    ]
+    for label, row in rows:
+        parts = row["test"].get("parts", {})
+        if "encoder" in parts:
+            lines.append(line(f"{label}: encoder alone", parts["encoder"], row["seconds"]))
+            lines.append(line(f"{label}: encoder and counts", row["test"], row["seconds"]))
+        else:
+            lines.append(line(label, row["test"], row["seconds"]))
+    found = dict((name, results.newest("quality", preset=preset, name=name)) for name, _ in QUALITY)
+    central, equal = found["central"], found["federated, equal weights"]
+    if central is not None and equal is not None:
+        ratio = equal["test"]["parts"]["encoder"]["unseen"]["ndcg@10"] / central["test"]["unseen"]["ndcg@10"]
+        lines += ["", f"Federated with equal weights reaches {ratio:.3f} of central training (encoder alone, `unseen`)."]
+    return "\n".join([*lines, ""])
+
+
+def line(label: str, found: Mapping[str, Any], seconds: float) -> str:
+    return f"| {label} | {found['all']['ndcg@10']:.4f} | {found['unseen']['ndcg@10']:.4f} | {seconds:.0f} |"
+
+
+def cores(rows: list[tuple[str, dict[str, Any]]]) -> str:
+    return f"2 cores of {rows[0][1]['cpu']}"
+
+
+def throughput() -> str:
+    rows = [row for steps in (1, 3) if (row := results.newest("throughput", steps=steps)) is not None]
+    if not rows:
+        return ""
+    names = list(rows[0]["ms_a_user"])
+    lines = [
+        "**Speed**: milliseconds a user, ML-1M, width 64, 2 blocks, window 50, 256 negatives a user, one thread; whole federated rounds of 512 with every update "
+        "clipped (`python simulations/benchmarks/throughput.py`).",
+        "",
+        "| local steps | " + " | ".join(names) + " | of the floor | times the loop | outside `client_round` |",
+        "|---|" + "---|" * (len(names) + 3),
+    ]
+    for row in rows:
+        times = " | ".join(f"{row['ms_a_user'][name]:.2f}" for name in names)
+        lines.append(f"| {row['steps']} | {times} | {row['of_the_floor']:.2f} | {row['times_the_loop']:.2f} | {row['outside_client_round']:.1%} |")
+    return "\n".join([*lines, ""])
+
+
+def memory() -> str:
+    row = results.newest("memory")
+    if row is None:
+        return ""
+    found = "; ".join(f"{name} {value / 1e6:.0f} MB" for name, value in row["bytes"].items())
+    return f"**Memory** at its peak, PSS over all processes (`python simulations/benchmarks/memory.py`): {found}.\n"
+
+
+if __name__ == "__main__":
+    main()
