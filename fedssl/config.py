@@ -92,9 +92,16 @@ class LocalConfig(Settings):
     lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
     windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
+    proximal: float = Field(0.0, ge=0.0, description="FedProx: pull back to the round's weights, from the second step on; lr * proximal is at most 1; 0: none")
     grid_step: float = Field(
         2.0**-20, ge=2.0**-60, description="Without a clip: the grid of updates, a power of two; a coordinate beyond 2^24 steps breaks its user"
     )
+
+    @model_validator(mode="after")
+    def _the_pull_does_not_overshoot(self) -> LocalConfig:
+        if self.lr * self.proximal > 1:
+            raise ValueError(f"lr * proximal = {self.lr * self.proximal:g} pulls beyond the round's weights; keep proximal at most {1 / self.lr:g}")
+        return self
 
 
 class ServerConfig(Settings):

@@ -214,7 +214,10 @@ def train_users(
     Guarantees:
       - a user's update depends on its own history, its number and the weights, not on who shares the batch or the padding;
       - a user with nothing to learn from (`Batch.is_idle_U`) has an update and a loss of exactly 0;
-      - weight decay acts on the encoder and on touched rows only.
+      - weight decay acts on the encoder and on touched rows only;
+      - the proximal term pulls back what moved, at every step after the first: the encoder and rows that the loss reads, never a
+        head. It is the slope of ``proximal / 2 * |weights - weights at the start|^2`` (FedProx: Li et al. 2020,
+        https://arxiv.org/abs/1812.06127, equation 2).
 
     Shapes: weights have no users axis ("items" is (I + 1, D)); see `Trained`. Source: McMahan et al. 2017,
     https://arxiv.org/abs/1602.05629, ClientUpdate of algorithm 1.
@@ -251,10 +254,15 @@ def train_users(
             slope = torch.zeros(leaf.shape) if slope is None else slope
             if local.weight_decay:
                 slope = slope + local.weight_decay * leaf.detach()
+            if local.proximal and name in update:
+                slope = slope + local.proximal * update[name]
             # Not in place: two leaves that an encoder adds up share one slope.
             update[name] = slope * -local.lr if name not in update else update[name].add_(slope, alpha=-local.lr)
         if local.weight_decay:
             slope_items = slope_items + local.weight_decay * _touched(batch, table)
+        if local.proximal and items is not None:
+            # No row is left out: one that the loss does not read has not moved, and is not pulled.
+            slope_items = slope_items + local.proximal * items
         items = slope_items.mul_(-local.lr) if items is None else items.add_(slope_items, alpha=-local.lr)
         if head is not None and heads_UD is not None and slopes[len(now)] is not None:
             heads_UD = heads_UD - head_lr * slopes[len(now)]

@@ -15,10 +15,11 @@ from oracles.loop_over_users import CALLS, masks_of, train_one_user
 from torch import Tensor
 
 from fedssl import seeds
-from fedssl.config import EncoderConfig, LocalConfig, RunConfig, TaskConfig
+from fedssl.config import EncoderConfig, LocalConfig, RunConfig, TaskConfig, check
 from fedssl.data.histories import Histories
 from fedssl.data.windows import draw_windows
 from fedssl.encoders import Encoder
+from fedssl.errors import ConfigError
 from fedssl.local_training import POOL, Batch, Masks, Trained, distinct_rows, make_batch, train_users
 from fedssl.parts import Parts, initial_weights, make_parts
 from fedssl.recipe import make_recipe
@@ -168,13 +169,15 @@ CASES: dict[str, dict[str, Any]] = {
     "a task weight": {"tasks": (NEXT.model_copy(update={"weight": 0.4}),)},
     "weight decay, full": {"steps": 2, "weight_decay": 0.1},
     "weight decay, sampled": {"tasks": (SAMPLED,), "steps": 2, "weight_decay": 0.1},
+    "proximal, full": {"steps": 3, "proximal": 2.0},
+    "proximal, sampled": {"tasks": (SAMPLED,), "steps": 3, "proximal": 2.0},
     "head": {"head": True, "steps": 3},
     "head, sampled": {"tasks": (SAMPLED,), "head": True, "steps": 2},
     "dropout": {"dropout": 0.3, "steps": 2, "windows": 2},
     "contrast alone": {"tasks": (CONTRAST,), "steps": 2, "windows": 2},
     "contrast beside the full softmax": {"tasks": (NEXT, CONTRAST), "steps": 2},
     "no block": {"blocks": 0, "steps": 2},
-    "everything": {"tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05},
+    "everything": {"tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05, "proximal": 0.5},
 }
 
 
@@ -278,6 +281,34 @@ def test_weight_decay_acts_on_the_encoder_and_on_touched_rows_only():
             torch.testing.assert_close(difference[row], wanted, rtol=1e-4, atol=1e-6)
         for name, leaf in decayed.train([0]).update.items():
             torch.testing.assert_close(leaf[0] - plain.train([0]).update[name][0], -0.05 * plain.weights[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("double")
+def test_the_proximal_term_by_hand():
+    """Two steps: the second takes back lr * proximal of what the first did, in the encoder and in the rows, not in the head."""
+    one, plain, pulled = (
+        a_case(tasks=(SAMPLED,), head=True, histories=HISTORIES[:1], **local).train([0])
+        for local in ({"steps": 1}, {"steps": 2}, {"steps": 2, "proximal": 3.0})
+    )
+    for name, leaf in pulled.update.items():
+        torch.testing.assert_close(leaf, plain.update[name] - 0.1 * 3.0 * one.update[name])
+    torch.testing.assert_close(pulled.items, plain.items - 0.1 * 3.0 * one.items)
+    assert plain.heads_UD is not None and pulled.heads_UD is not None and torch.equal(pulled.heads_UD, plain.heads_UD)
+
+
+@pytest.mark.parametrize("tasks", [(NEXT,), (SAMPLED,)], ids=["full", "sampled"])
+def test_the_proximal_term_moves_no_row_that_the_loss_does_not_read_and_nothing_in_the_first_step(tasks: tuple[TaskConfig, ...]):
+    plain, pulled = (a_case(tasks=tasks, steps=3, proximal=strength).train([0, 1, 2, 6]) for strength in (0.0, 5.0))
+    still = all_rows(plain) == 0
+    assert still[:, 1:].any() == (tasks == (SAMPLED,)) and (all_rows(pulled)[still] == 0).all()
+    assert not torch.equal(all_rows(plain), all_rows(pulled))
+    once, same = (a_case(tasks=tasks, steps=1, proximal=strength).train([0, 1, 2, 6]) for strength in (0.0, 5.0))
+    assert torch.equal(once.items, same.items) and all(torch.equal(once.update[name], same.update[name]) for name in once.update)
+
+
+def test_a_proximal_term_that_would_overshoot_is_refused():
+    with pytest.raises(ConfigError, match=r"lr \* proximal = 1.5 pulls beyond the round's weights; keep proximal at most 2"):
+        check(LocalConfig, {"lr": 0.5, "proximal": 3.0}, where="run.toml")
 
 
 def test_a_user_whose_head_is_nan_breaks_nobody_else():

@@ -108,7 +108,7 @@ def train_one_user(
             for name, leaf in leaves.items():
                 decayed = leaf * is_touched if name == ITEMS else leaf
                 slope = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
-                leaf -= local.lr * (slope + local.weight_decay * decayed)
+                leaf -= local.lr * (slope + local.weight_decay * decayed + local.proximal * (leaf - weights[name]))
                 leaf.grad = None
             if head is not None and head.grad is not None:
                 head -= head_lr * head.grad
