@@ -113,14 +113,23 @@ class ServerConfig(Settings):
         "passes", description="passes: each user once a pass, shuffled, refused under a plan; poisson: a coin a user"
     )
     weighting: Literal["equal", "positions"] = Field("equal", description="equal: users weigh alike; positions: by trained positions (refused under a plan)")
-    optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam), or package.module:name")
+    optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam, adamw, adagrad, yogi), or package.module:name")
     lr: float = Field(0.003, gt=0.0, description="Server step size at the top of the schedule")
-    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd: momentum; adam: beta1")
-    beta2: float = Field(0.98, ge=0.0, lt=1.0, description="adam: decay of the squared update")
-    epsilon: float = Field(1e-8, gt=0.0, description="adam: added to the root of the squared update")
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd: momentum; adam, adamw, yogi: beta1; adagrad has none")
+    beta2: float = Field(0.98, ge=0.0, lt=1.0, description="adam, adamw, yogi: decay of the squared update")
+    epsilon: float = Field(1e-8, gt=0.0, description="adam, adamw, adagrad, yogi: added to the root of the squared update; for the last two 0.001 is usual")
+    weight_decay: float = Field(0.0, ge=0.0, description="adamw: weights shrink by lr * weight_decay a round, all but the padding row; 0: none")
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant, or cosine decay to `floor` over the rounds")
     floor: float = Field(0.02, ge=0.0, le=1.0, description="cosine: the last round's share of lr")
     warmup: int = Field(0, ge=0, description="Rounds over which lr grows linearly from 0; 0: none")
+
+    @model_validator(mode="after")
+    def _decay_is_read(self) -> ServerConfig:
+        if self.weight_decay and self.optimizer in ("sgd", "adam", "adagrad", "yogi"):
+            raise ValueError(f"weight_decay = {self.weight_decay:g} is read by adamw alone; set optimizer = 'adamw', or take it away")
+        if self.lr * self.weight_decay > 1:
+            raise ValueError(f"lr * weight_decay = {self.lr * self.weight_decay:g} shrinks weights beyond 0; keep weight_decay at most {1 / self.lr:g}")
+        return self
 
 
 class PrivacyConfig(Settings):

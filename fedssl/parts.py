@@ -15,7 +15,7 @@ from fedssl.encoders import Encoder
 from fedssl.encoders.sasrec import sasrec
 from fedssl.errors import ConfigError
 from fedssl.recipe import Recipe
-from fedssl.server_optimizers import ServerOptimizer, adam, sgd
+from fedssl.server_optimizers import ServerOptimizer, adagrad, adam, adamw, sgd, yogi
 from fedssl.tasks import Task
 from fedssl.tasks.contrastive import contrastive
 from fedssl.tasks.next_item import next_item
@@ -23,7 +23,7 @@ from fedssl.weights import ITEMS, Layout, Weights, layout_of
 
 ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec}
 TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "contrastive": contrastive}
-SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd": sgd, "adam": adam}
+SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "yogi": yogi}
 
 
 class Parts(NamedTuple):

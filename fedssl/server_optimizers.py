@@ -56,6 +56,50 @@ def adam(config: ServerConfig) -> ServerOptimizer:
     return ServerOptimizer(init, step)
 
 
+def adamw(config: ServerConfig) -> ServerOptimizer:
+    """Adam with decoupled decay (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101): weights shrink by lr * `weight_decay` a round."""
+    plain = adam(config)
+
+    def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
+        return plain.step(weights * (1 - lr * config.weight_decay), mean_update, memory, lr, round)
+
+    return ServerOptimizer(plain.init, step)
+
+
+def adagrad(config: ServerConfig) -> ServerOptimizer:
+    """FedAdagrad: steps shrink where updates were large (Reddi et al. 2021, algorithm 2, without momentum, as they run it).
+
+    ``config.epsilon`` is their tau, and the squares begin at its square.
+    """
+
+    def init(num_weights: int) -> Memory:
+        return {"square": torch.full((num_weights,), config.epsilon**2)}
+
+    def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
+        square = torch.addcmul(memory["square"], mean_update, mean_update)
+        return torch.addcdiv(weights, mean_update, square.sqrt().add_(config.epsilon), value=lr), {"square": square}
+
+    return ServerOptimizer(init, step)
+
+
+def yogi(config: ServerConfig) -> ServerOptimizer:
+    """FedYogi (Reddi et al. 2021, algorithm 2; Zaheer et al. 2018): the square moves by a share of the new one, up or down, so it forgets slowly.
+
+    ``config.epsilon`` is their tau, and the squares begin at its square; as there, no bias is corrected.
+    """
+
+    def init(num_weights: int) -> Memory:
+        return {"mean": torch.zeros(num_weights), "square": torch.full((num_weights,), config.epsilon**2)}
+
+    def step(weights: Tensor, mean_update: Tensor, memory: Memory, lr: float, round: int) -> tuple[Tensor, Memory]:
+        mean = torch.lerp(memory["mean"], mean_update, 1 - config.momentum)
+        new = mean_update.square()
+        square = torch.addcmul(memory["square"], new, (memory["square"] - new).sign_(), value=config.beta2 - 1)
+        return torch.addcdiv(weights, mean, square.sqrt().add_(config.epsilon), value=lr), {"mean": mean, "square": square}
+
+    return ServerOptimizer(init, step)
+
+
 def learning_rate(config: ServerConfig, round: int) -> float:
     """The server's step size in ``round`` (from 1): linear warm-up, then constant or cosine decay to ``floor``.
 

@@ -172,8 +172,12 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
         mean = _dense(total) * (step / weight)
     mean_P = torch.from_numpy(mean.astype(np.float32))
     # Row 0 is padding: it is never read, and noise must not move it.
-    mean_P[parts.layout.slice_of(ITEMS)][: recipe.encoder.width] = 0.0
+    first = parts.layout.slice_of(ITEMS).start
+    padding = slice(first, first + recipe.encoder.width)
+    mean_P[padding] = 0.0
     weights_P, memory = parts.optimizer.step(state.weights_P, mean_P, state.memory, learning_rate(recipe.server, release.round), release.round)
+    # Nor does decay, or whatever an optimiser does to weights that got no update.
+    weights_P[padding] = state.weights_P[padding]
     return replace(after, weights_P=weights_P, memory=memory)
 
 

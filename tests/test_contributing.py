@@ -46,7 +46,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_shows_each_kind_of_part_with_a_command():
-    assert set(FILES) == {"item_after_next.py", "decayed_mean.py", "adagrad.py", "ratings.py", "by_object.py"}
+    assert set(FILES) == {"item_after_next.py", "decayed_mean.py", "lion.py", "ratings.py", "by_object.py"}
     assert len(COMMANDS) == 4
 
 

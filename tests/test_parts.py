@@ -55,7 +55,7 @@ def test_the_random_state_of_torch_is_neither_read_nor_moved():
     [
         ({"encoder": {"name": "sasrek"}}, "there is no encoder 'sasrek'; there is sasrec, or package.module:name of your own"),
         ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, next-item, or"),
-        ({"server": {"optimizer": "adamw"}}, "there is no server optimiser 'adamw'; there is adam, sgd, or"),
+        ({"server": {"optimizer": "lion"}}, "there is no server optimiser 'lion'; there is adagrad, adam, adamw, sgd, yogi, or"),
         ({"task": [{"name": "no.such.module:task"}]}, "task 'no.such.module:task' cannot be loaded (No module named 'no'"),
         ({"task": [{"name": "fedssl.tasks.next_item:task"}]}, "cannot be loaded (module 'fedssl.tasks.next_item' has no attribute 'task')"),
         ({"task": [{"name": ":task"}]}, "task ':task' cannot be loaded (Empty module name)"),
