@@ -23,13 +23,16 @@ from fedssl.data.histories import Histories, open_histories, take_users, write_h
 from fedssl.data.windows import Events
 from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
-from fedssl.local_training import make_batch, train_users
+from fedssl.local_training import Batch, make_batch, train_users
 from fedssl.parts import Parts, make_parts
 from fedssl.privacy.clipping import GridTotal
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, check_manifest, declared_sums
 from fedssl.recipe import Recipe
 from fedssl.records import Download, Ints, SparseSum, Upload
 from fedssl.weights import Weights, from_numpy
+
+MOST_WINDOWS = 16
+"""With weights by windows: a user of more weighs as one of so many, so that nobody outweighs a cohort and a share is whole steps."""
 
 
 @dataclass
@@ -228,9 +231,7 @@ def _train_chunk(
         head_lr=recipe.head.lr,
     )
     # Without a plan the weight is a declared sum: whole steps, so that numerator and denominator agree exactly.
-    full = recipe.local.steps * recipe.local.windows * window
-    share_U = batch.positions_U / full if recipe.server.weighting == "positions" else (~batch.is_idle_U).numpy().astype(np.float64)
-    steps_U = np.rint(share_U / WEIGHT_STEP).astype(np.int64)
+    steps_U = np.rint(_shares(recipe, batch, shard, users_U) / WEIGHT_STEP).astype(np.int64)
     if recipe.privacy.has_plan:
         weight_U = torch.ones(len(users_U))
     else:
@@ -248,6 +249,19 @@ def _train_chunk(
         is_finite_U1 = trained.heads_UD.isfinite().all(1, keepdim=True) & ~clipped.is_broken_U[:, None]
         new_UD = torch.where(is_finite_U1, trained.heads_UD, heads_UD).numpy()
     return _ChunkResult(places, new_UD, int(steps_U[is_well_U].sum()), loss_steps, clipped.norms_U.numpy(), losses_U, int(clipped.is_broken_U.sum()))
+
+
+def _shares(recipe: Recipe, batch: Batch, shard: Shard, users_U: NDArray[np.int64]) -> NDArray[np.float64]:
+    """How much each user weighs beside the heaviest there can be, from 0 to 1; 0 where there is nothing to learn from. Shape: (U,)."""
+    window = recipe.encoder.window
+    if recipe.server.weighting == "positions":
+        return batch.positions_U / (recipe.local.steps * recipe.local.windows * window)
+    has_work_U = (~batch.is_idle_U).numpy().astype(np.float64)
+    if recipe.server.weighting == "windows":
+        places_U = np.searchsorted(shard.users, users_U)
+        positions_U = shard.events.training_ends[places_U] - shard.events.cuts[places_U] - 1
+        return has_work_U * np.ceil(positions_U.clip(1) / window).clip(max=MOST_WINDOWS) / MOST_WINDOWS
+    return has_work_U
 
 
 def _narrow(total: NDArray[np.int64]) -> Ints:

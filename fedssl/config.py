@@ -112,7 +112,11 @@ class ServerConfig(Settings):
     sampling: Literal["passes", "poisson"] = Field(
         "passes", description="passes: each user once a pass, shuffled, refused under a plan; poisson: a coin a user"
     )
-    weighting: Literal["equal", "positions"] = Field("equal", description="equal: users weigh alike; positions: by trained positions (refused under a plan)")
+    weighting: Literal["equal", "positions", "windows"] = Field(
+        "equal",
+        description="equal: users weigh alike; positions: by positions trained in the round; windows: by windows that a history fills, up to 16. "
+        "The last two are refused under a plan",
+    )
     optimizer: str = Field("adam", description="A server optimiser that ships (sgd, adam, adamw, adagrad, yogi), or package.module:name")
     lr: float = Field(0.003, gt=0.0, description="Server step size at the top of the schedule")
     momentum: float = Field(0.9, ge=0.0, lt=1.0, description="sgd: momentum; adam, adamw, yogi: beta1; adagrad has none")
@@ -200,7 +204,7 @@ class RunConfig(Settings):
             if self.server.sampling != "poisson":
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")
             if self.server.weighting != "equal":
-                raise ValueError("[server] weighting = 'positions' lets a user weigh more than the clip; under a plan set weighting = 'equal'")
+                raise ValueError(f"[server] weighting = '{self.server.weighting}' lets a user weigh more than the clip; under a plan set weighting = 'equal'")
             if self.counts is not None and self.counts.clip_norm is None:
                 raise ValueError("[counts] has no clip_norm; under a plan every sum needs one")
             if self.counts is not None and self.privacy.epsilon is None and self.privacy.counts_noise_multiplier == 0:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from small import BOMB, PLAN, dataset_of, deal, recipe_of, small_config, small_dataset
 
 from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard, client_round, cut_chunks, open_shard, write_shard
-from fedssl.config import RunConfig
+from fedssl.config import RunConfig, check
 from fedssl.data.dataset import Dataset
-from fedssl.errors import DataError, UploadRefused, WireError
+from fedssl.errors import ConfigError, DataError, UploadRefused, WireError
 from fedssl.privacy.manifest import WEIGHT_STEP, squared_norm
 from fedssl.records import Address, Download, SparseSum, Upload
 from fedssl.server_round import first_state
@@ -203,6 +203,40 @@ def test_a_round_that_begins_anew_gives_the_same_upload_and_the_same_heads(tmp_p
     again = client_round(ask(config, small_dataset(), [2, 3], round=2), shard)
     assert np.array_equal(dense(second), dense(again))
     assert np.array_equal(heads, store.read(np.arange(24)))
+
+
+LONG_AND_SHORT = dataset_of(
+    [1, 2, 3, 8, 9],  # three to train on: two positions, one window of four
+    [1, 2, 3, 4, 5, 8, 9],  # four positions, just the window
+    [1, 2, 3, 4, 5, 6, 8, 9],  # one more
+    [1, 8, 9],  # nothing to learn from
+    [1, 2, 3, 4, 5] * 20 + [8, 9],  # 25 windows, which weigh as 16
+    num_items=9,
+)
+
+
+def test_weights_by_windows_by_hand():
+    config = small_config({"encoder": {"window": 4}, "server": {"weighting": "windows"}, "local": {"windows": 3}})
+    shard = shard_of(config, LONG_AND_SHORT)
+    uploads = [client_round(ask(config, LONG_AND_SHORT, [user]), shard) for user in range(5)]
+    assert [dense(upload, "weight")[0] * WEIGHT_STEP * 16 for upload in uploads] == [1, 1, 2, 0, 16]
+    equal = small_config({"encoder": {"window": 4}, "local": {"windows": 3}})
+    for upload, user, share in zip(uploads, range(5), (1 / 16, 1 / 16, 2 / 16, 0, 1), strict=True):
+        alike = client_round(ask(equal, LONG_AND_SHORT, [user]), shard)
+        # Rounded toward zero once each.
+        assert np.abs(dense(upload) - share * dense(alike)).max() <= 1 and dense(alike).any() == (share > 0)
+        assert dense(upload, "loss")[0] == pytest.approx(share * dense(alike, "loss")[0], abs=1)
+
+
+def test_a_lone_item_that_a_contrast_learns_from_fills_one_window():
+    config = small_config({"server": {"weighting": "windows"}, "task": [{"name": "contrastive", "negatives": 3}]})
+    assert dense(client_round(ask(config, LONG_AND_SHORT, [3]), shard_of(config, LONG_AND_SHORT)), "weight")[0] * WEIGHT_STEP == 1 / 16
+
+
+@pytest.mark.parametrize("weighting", ["windows", "positions"])
+def test_weights_that_differ_are_refused_under_a_plan(weighting: str):
+    with pytest.raises(ConfigError, match=rf"\[server\] weighting = '{weighting}' lets a user weigh more than the clip; under a plan set weighting = 'equal'"):
+        check(RunConfig, {"server": {"sampling": "poisson", "weighting": weighting}, "privacy": PLAN["privacy"]}, where="run.toml")
 
 
 def test_chunks_are_users_of_like_length_each_once():
