@@ -17,7 +17,8 @@ from fedssl.errors import DataError
 class Interactions:
     """Events in file order: ``users[e]`` met ``items[e]`` at ``times[e]``.
 
-    Shapes: the columns are (events,). ``times`` may be in any unit, and is None where the file knows only an order.
+    Shapes: the columns are (events,). ``times`` may be in any unit, and is None where the file knows only an order. ``bad_lines``: lines
+    of the file that could not be read and were passed over; ``first_bad``: file, line and reason of the first.
     Raises DataError where columns differ in length, a code has no token, or a token is listed twice.
     """
 
@@ -26,6 +27,8 @@ class Interactions:
     times: NDArray[np.float64] | None
     user_tokens: tuple[str, ...]
     item_tokens: tuple[str, ...]
+    bad_lines: int = 0
+    first_bad: str = ""
 
     def __post_init__(self) -> None:
         lengths = {len(self.users), len(self.items), len(self.users) if self.times is None else len(self.times)}

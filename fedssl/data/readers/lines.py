@@ -2,52 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fedssl.data.interactions import Interactions
+from fedssl.data.readers.blocks import BadLines, Block
 from fedssl.data.readers.inter import has_typed_header
 from fedssl.data.readers.text import first_line, read_blocks
 from fedssl.errors import DataError
 
 
-def read_lines(path: Path) -> Interactions:
+def read_lines(path: Path, columns: Sequence[str], bad: BadLines) -> Iterator[Block]:
     """Events of a file with one line a user, plain or gzip; spaces or tabs between tokens; no times, the order is the line's.
 
-    Blank lines are passed over. Raises DataError with file, line and reason for a user without items, or listed on two lines.
+    Blank lines are passed over. A user without items, or listed on two lines, goes to ``bad``; the first line of a user stays.
     """
     if has_typed_header(first_line(path)):
         raise DataError(f"{path}: this is a RecBole atomic file, not one line a user; set format = 'inter'")
     line_of_user: dict[str, int] = {}
-    item_codes: dict[str, int] = {}
-    lengths: list[int] = []
-    items: list[int] = []
-    for first, lines in read_blocks(path):
+    for first, lines in read_blocks(path, bad):
+        users: list[str] = []
+        items: list[str] = []
         for number, line in enumerate(lines, start=first):
             tokens = [token for token in line.replace("\t", " ").split(" ") if token]
             if not tokens:
                 continue
             user = tokens[0]
             if len(tokens) == 1:
-                raise DataError(f"{path}, line {number}: {line.strip()[:60]!r} has no items; wanted `user item item ...`, separated by spaces")
-            if user in line_of_user:
-                raise DataError(
-                    f"{path}, line {number}: user {user[:60]!r} is already on line {line_of_user[user]}; wanted all items of a user on one line "
-                    "(a file with one event a line needs a RecBole header and format = 'inter')"
+                bad.add(number, f"{line.strip()[:60]!r} has no items; wanted `user item item ...`, separated by spaces")
+            elif user in line_of_user:
+                bad.add(
+                    number,
+                    f"user {user[:60]!r} is already on line {line_of_user[user]}; wanted all items of a user on one line "
+                    "(one event a line, `user item`, has format = 'pairs')",
                 )
-            line_of_user[user] = number
-            lengths.append(len(tokens) - 1)
-            items.extend([item_codes.setdefault(token, len(item_codes)) for token in tokens[1:]])
-    if not items:
-        raise DataError(f"{path}: the file holds blank lines only; wanted `user item item ...`, separated by spaces")
-    return Interactions(
-        users=np.repeat(np.arange(len(lengths)), lengths),
-        items=np.array(items, dtype=np.int64),
-        times=None,
-        user_tokens=tuple(line_of_user),
-        item_tokens=tuple(item_codes),
-    )
+            else:
+                line_of_user[user] = number
+                users.extend([user] * (len(tokens) - 1))
+                items.extend(tokens[1:])
+        yield Block(users, items, None)
 
 
 def write_lines(interactions: Interactions, path: Path) -> None:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedssl.data.readers.blocks import BadLines
 from fedssl.errors import DataError
 
 BLOCK_BYTES = 1 << 22
@@ -17,34 +18,45 @@ LONGEST_LINE_BYTES = 1 << 26
 _GZIP_MAGIC = b"\x1f\x8b"
 
 
-def read_blocks(path: Path) -> Iterator[tuple[int, list[str]]]:
+def read_blocks(path: Path, bad: BadLines | None = None, *, is_latin: bool = False) -> Iterator[tuple[int, list[str]]]:
     r"""Whole lines without their ends, some thousand at a time, each block with the number (from 1) of its first line.
 
-    ``\n`` and ``\r\n`` end a line; a byte order mark is dropped. Raises DataError, and nothing else, for a file that is
-    missing, empty, not UTF-8 or a gzip that is damaged or cut short.
+    ``\n`` and ``\r\n`` end a line; a byte order mark is dropped. A line that is not UTF-8 goes to ``bad`` and is blank in the
+    block, or, where ``is_latin``, is read as Latin-1. Raises DataError, and nothing else, for a file that is missing, empty or
+    a gzip that is damaged or cut short.
     """
+    bad = BadLines(path) if bad is None else bad
     number, rest = 1, b""
     for block in _read_bytes(path):
         whole, newline, rest = (rest + block).rpartition(b"\n")
         if newline:
-            lines = _decode(whole, number, path)
+            lines = _decode(whole, number, bad, is_latin)
             yield number, lines
             number += len(lines)
         elif len(rest) > LONGEST_LINE_BYTES:
             raise DataError(f"{path}, line {number}: longer than {LONGEST_LINE_BYTES >> 20} MiB; is this a text file?")
     if rest:
-        yield number, _decode(rest, number, path)
+        yield number, _decode(rest, number, bad, is_latin)
     elif number == 1:
         raise DataError(f"{path}: the file is empty; wanted one event or one user a line")
 
 
 def first_line(path: Path) -> str:
     """The first line that is not blank. Raises DataError as `read_blocks` does, and where all lines are blank."""
-    for _, lines in read_blocks(path):
-        for line in lines:
-            if line:
-                return line
-    raise DataError(f"{path}: the file holds blank lines only; wanted one event or one user a line")
+    return first_block(path)[0]
+
+
+def first_block(path: Path) -> list[str]:
+    """The lines of the first block that has any that are not blank, without those that are, for a look at what the file is.
+
+    A line that is not UTF-8 is left out too. Raises DataError as `read_blocks` does, and where all lines are blank.
+    """
+    bad = BadLines(path, skip=True)
+    for _, lines in read_blocks(path, bad):
+        if lines := [line for line in lines if line]:
+            return lines
+    reason = f"no line is text in UTF-8 ({bad.first})" if bad.count else "the file holds blank lines only"
+    raise DataError(f"{path}: {reason}; wanted one event or one user a line")
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:
@@ -63,13 +75,23 @@ def _read_bytes(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 
-def _decode(block: bytes, number: int, path: Path) -> list[str]:
+def _decode(block: bytes, number: int, bad: BadLines, is_latin: bool) -> list[str]:
     try:
         text = block.decode("utf-8")
-    except UnicodeDecodeError as error:
-        bad = number + block.count(b"\n", 0, error.start)
-        raise DataError(f"{path}, line {bad}: byte 0x{block[error.start]:02x} is not UTF-8; convert the file, as with `iconv -f latin1 -t utf-8`") from None
+    except UnicodeDecodeError:
+        lines = [_decode_line(line, at, bad, is_latin) for at, line in enumerate(block.split(b"\n"), start=number)]
+    else:
+        lines = text.split("\n")
     if number == 1:
-        text = text.removeprefix("\ufeff")
-    lines = text.split("\n")
-    return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
+        lines[0] = lines[0].removeprefix("\ufeff")
+    return [line.removesuffix("\r") for line in lines] if b"\r" in block else lines
+
+
+def _decode_line(line: bytes, number: int, bad: BadLines, is_latin: bool) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        if is_latin:
+            return line.decode("latin-1")
+        bad.add(number, f"byte 0x{line[error.start]:02x} is not UTF-8; convert the file, as with `iconv -f latin1 -t utf-8`")
+        return ""

@@ -91,10 +91,12 @@ def test_a_file_of_many_blocks_reads_as_one_of_one(tmp_path, monkeypatch):
         (LINES + "\nanna tent\n", "auto", ["line 4: user 'anna' is already on line 1"]),
         (LINES, "inter", ["'anna lamp tent', is not a RecBole header"]),
         (INTER, "lines", ["RecBole atomic file", "format = 'inter'"]),
-        ("196\t242\t3\t881250949\n", "auto", ["neither a RecBole header", "nor `user item item ...`"]),
-        ("1::1193::5::978300760\n", "auto", ["neither a RecBole header"]),
-        ("user, item, time\n", "auto", ["neither a RecBole header"]),
-        ('{"user": 1}\n', "auto", ["neither a RecBole header"]),
+        ("196\t242\t3\t881250949\n", "auto", ["surely none of inter, lines", "it could be lines or tsv: set [data] format"]),
+        ("user item rating\n1 2 3\n", "auto", ["it could be lines: set"]),
+        ("user item\n1 2\n1 3\n", "auto", ["it could be lines or pairs: set"]),
+        ("1::1193::978300760\n", "auto", ["surely none of", "convert it"]),
+        ("who,what,when\na,b,1\n", "auto", ["it could be csv: set [data] format, and [data] columns"]),
+        ('{"user": 1}\n', "auto", ["it could be jsonl: set"]),
         (INTER.encode() + b"ben\tcaf\xe9\t5\t7\n", "auto", ["line 5: byte 0xe9 is not UTF-8"]),
         (gzip.compress(INTER.encode(), mtime=0)[:-12], "auto", ["damaged or cut short gzip"]),
         (b"\x1f\x8bnothing", "auto", ["damaged or cut short gzip"]),
@@ -151,7 +153,7 @@ def test_a_format_of_ones_own_is_a_function_by_object_or_by_name(tmp_path, monke
     path = write(tmp_path, "a,x b,y")
     assert events(read_interactions(path, read_pairs)) == events(read_interactions(path, "my_formats:read_pairs")) == [("a", "x", None), ("b", "y", None)]
     for name, says in {
-        "csv": "unknown; known: auto, inter, lines",
+        "xlsx": "unknown; known: auto, inter, lines",
         "my_formats:absent": "cannot be loaded",
         "no_such_module:read": "cannot be loaded",
         ":read": "unknown",
@@ -259,6 +261,6 @@ def test_an_item_file_gives_titles_and_attributes_and_leaves_out_what_is_empty(t
 
 def test_an_item_file_without_items_is_refused(tmp_path):
     with pytest.raises(DataError, match="no column item_id"):
-        read_items(write(tmp_path, INTER.replace("item_id", "item")))
+        read_items(write(tmp_path, INTER.replace("item_id", "thing")))
     with pytest.raises(DataError, match="line 2: an empty item token"):
         read_items(write(tmp_path, "item_id:token\tname:token\n\tx\n"))
