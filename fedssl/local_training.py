@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -148,12 +149,25 @@ class UsersModel:
     def __init__(self, encoder: Encoder, weights_U: Weights, table: ItemTable, heads_UD: Tensor | None, masks: Masks | None):
         self._encoder, self._weights, self._table, self._heads, self._masks = encoder, weights_U, table, heads_UD, masks
 
-    def encode(self, rows_UBL: Tensor) -> Tensor:
-        """Hidden states (U, B, L, D), dropout applied."""
+    def encode(self, rows_UBL: Tensor, is_hidden_UBL: Tensor | None = None) -> Tensor:
+        """Hidden states (U, B, L, D), dropout applied. ``is_hidden_UBL``: places of row 0 that hide an item and are no padding."""
         U, B, L = rows_UBL.shape
         rows_UBLD = self._table.look_up(rows_UBL.reshape(U, B * L)).view(U, B, L, self._table.rows_UKD.shape[-1])
+        is_padding_UBL = rows_UBL == 0
+        if is_hidden_UBL is not None:
+            is_padding_UBL = is_padding_UBL & ~is_hidden_UBL
+            rows_UBLD = torch.where(is_hidden_UBL[..., None], self._weights["mask"][:, None, None], rows_UBLD)
         masks = self._masks.draw(B, L) if self._masks is not None else ()
-        return self._encoder.encode(self._weights, rows_UBLD, rows_UBL == 0, masks)
+        return self._encoder.encode(self._weights, rows_UBLD, is_padding_UBL, masks)
+
+    def after(self, rows_UBL: Tensor) -> Tensor:
+        """The hidden state that says what follows each window, (U, B, D): of the newest event, or of a mask put behind it."""
+        if self._encoder.is_causal:
+            return self.encode(rows_UBL)[:, :, -1]
+        longer_UBL = F.pad(rows_UBL, (0, 1))
+        is_hidden_UBL = torch.zeros_like(longer_UBL, dtype=torch.bool)
+        is_hidden_UBL[..., -1] = True
+        return self.encode(longer_UBL, is_hidden_UBL)[:, :, -1]
 
     def personal(self, hidden_UBLD: Tensor) -> Tensor:
         """The hidden states as the user's own head reads them: its vector added, where there is one."""
@@ -240,7 +254,9 @@ def train_users(
         losses = []
         for number, (task, weight) in enumerate(tasks):
             masks = (
-                Masks(encoder, (*batch.base, number, step), batch.users_U, seed=seed, rate=dropout, window=window, width=table_ID.shape[1]) if dropout else None
+                Masks(encoder, (*batch.base, number, step), batch.users_U, seed=seed, rate=dropout, window=encoder.columns(window), width=table_ID.shape[1])
+                if dropout
+                else None
             )
             model = UsersModel(encoder, now, table, head, masks)
             losses.append(task.loss(model, {name: rows[:, step] for name, rows in batch.sequences[number].items()}) * weight)

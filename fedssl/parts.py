@@ -12,17 +12,20 @@ import torch
 from fedssl import seeds
 from fedssl.config import EncoderConfig, ServerConfig, TaskConfig
 from fedssl.encoders import Encoder
+from fedssl.encoders.bert4rec import bert4rec
+from fedssl.encoders.gru4rec import gru4rec
 from fedssl.encoders.sasrec import sasrec
 from fedssl.errors import ConfigError
 from fedssl.recipe import Recipe
 from fedssl.server_optimizers import ServerOptimizer, adagrad, adam, adamw, sgd, yogi
 from fedssl.tasks import Task
 from fedssl.tasks.contrastive import contrastive
+from fedssl.tasks.masked_item import masked_item
 from fedssl.tasks.next_item import next_item
 from fedssl.weights import ITEMS, Layout, Weights, layout_of
 
-ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec}
-TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "contrastive": contrastive}
+ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec}
+TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "contrastive": contrastive, "masked-item": masked_item}
 SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "yogi": yogi}
 
 
@@ -37,10 +40,14 @@ class Parts(NamedTuple):
 
 @lru_cache(maxsize=8)
 def make_parts(recipe: Recipe) -> Parts:
-    """The parts of a recipe. Tasks of weight 0 are left out. Raises ConfigError for a name nobody knows."""
+    """The parts of a recipe. Tasks of weight 0 are left out. Raises ConfigError for a name nobody knows, and for a task that cannot train the encoder."""
+    encoder = find(ENCODERS, recipe.encoder.name, what="encoder")(recipe.encoder)
+    tasks = [(config, make_task(config, num_items=recipe.num_items)) for config in recipe.task if config.weight > 0]
+    for config, task in tasks:
+        _check_pair(config.name, task, recipe.encoder.name, encoder)
     return Parts(
-        encoder=find(ENCODERS, recipe.encoder.name, what="encoder")(recipe.encoder),
-        tasks=tuple((make_task(config, num_items=recipe.num_items), config.weight) for config in recipe.task if config.weight > 0),
+        encoder=encoder,
+        tasks=tuple((task, config.weight) for config, task in tasks),
         optimizer=find(SERVER_OPTIMIZERS, recipe.server.optimizer, what="server optimiser")(recipe.server),
         layout=layout_of(initial_weights(recipe)),
     )
@@ -50,6 +57,20 @@ def make_task(config: TaskConfig, *, num_items: int) -> Task:
     """The pretext task that ``config`` names."""
     task: Task = find(TASKS, config.name, what="task")(config, num_items=num_items)
     return task
+
+
+def _check_pair(task_name: str, task: Task, encoder_name: str, encoder: Encoder) -> None:
+    """Refuse a task whose answers would lie open to the encoder, or whose question it cannot read."""
+    if task.encoder == "causal" and not encoder.is_causal:
+        raise ConfigError(
+            f"task '{task_name}' cannot train '{encoder_name}': an encoder that reads both ways sees the next items it should foretell; "
+            "use the task masked-item, or a causal encoder such as sasrec"
+        )
+    if task.encoder == "bidirectional" and encoder.is_causal:
+        raise ConfigError(
+            f"task '{task_name}' cannot train '{encoder_name}': a causal encoder has no mask and reads nothing behind a hidden item; "
+            "use the task next-item, or the encoder bert4rec"
+        )
 
 
 def initial_weights(recipe: Recipe) -> Weights:

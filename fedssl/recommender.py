@@ -64,6 +64,6 @@ class Recommender:
             rows_NL[place, widest - len(newest) :] = newest
         shared = {name: leaf[None] for name, leaf in self._weights.items() if name != ITEMS}
         model = UsersModel(self._encoder, shared, ItemTable(self._weights[ITEMS][None]), None, None)
-        hidden_ND = model.encode(torch.from_numpy(rows_NL)[None])[0, :, -1]
+        hidden_ND = model.after(torch.from_numpy(rows_NL)[None])[0]
         is_empty = torch.from_numpy(rows_NL[:, -1] == 0)
         return torch.where(is_empty[:, None], 0.0, hidden_ND)

@@ -53,8 +53,8 @@ def test_the_random_state_of_torch_is_neither_read_nor_moved():
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
-        ({"encoder": {"name": "sasrek"}}, "there is no encoder 'sasrek'; there is sasrec, or package.module:name of your own"),
-        ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, next-item, or"),
+        ({"encoder": {"name": "sasrek"}}, "there is no encoder 'sasrek'; there is bert4rec, gru4rec, sasrec, or package.module:name of your own"),
+        ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, masked-item, next-item, or"),
         ({"server": {"optimizer": "lion"}}, "there is no server optimiser 'lion'; there is adagrad, adam, adamw, sgd, yogi, or"),
         ({"task": [{"name": "no.such.module:task"}]}, "task 'no.such.module:task' cannot be loaded (No module named 'no'"),
         ({"task": [{"name": "fedssl.tasks.next_item:task"}]}, "cannot be loaded (module 'fedssl.tasks.next_item' has no attribute 'task')"),
@@ -64,6 +64,32 @@ def test_the_random_state_of_torch_is_neither_read_nor_moved():
 def test_a_name_nobody_knows_is_refused_with_those_there_are(sections: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=re.escape(message)):
         make_parts(recipe(**sections))
+
+
+@pytest.mark.parametrize(
+    ("encoder", "task", "message"),
+    [
+        (
+            "bert4rec",
+            "next-item",
+            "task 'next-item' cannot train 'bert4rec': an encoder that reads both ways sees the next items it should foretell; use the task masked",
+        ),
+        (
+            "sasrec",
+            "masked-item",
+            "task 'masked-item' cannot train 'sasrec': a causal encoder has no mask and reads nothing behind a hidden item; use the task next-",
+        ),
+        ("gru4rec", "masked-item", "task 'masked-item' cannot train 'gru4rec'"),
+    ],
+)
+def test_a_task_that_cannot_train_the_encoder_is_refused_with_what_to_use(encoder: str, task: str, message: str):
+    widths = {"width": 8, "hidden": 8, "window": 5}
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_parts(recipe(encoder={"name": encoder, **widths}, task=[{"name": task}]))
+    # A task that is not computed is not asked; contrast trains any encoder.
+    suitable = "masked-item" if encoder == "bert4rec" else "next-item"
+    parts = make_parts(recipe(encoder={"name": encoder, **widths}, task=[{"name": task, "weight": 0.0}, {"name": suitable}, {"name": "contrastive"}]))
+    assert len(parts.tasks) == 2
 
 
 def test_a_part_of_ones_own_is_found_by_package_and_name():

@@ -23,13 +23,19 @@ NEVER = -1e9
 
 def sasrec(config: EncoderConfig) -> Encoder:
     """The encoder with the widths of ``config``."""
+    return transformer(config, is_causal=True)
+
+
+def transformer(config: EncoderConfig, *, is_causal: bool) -> Encoder:
+    """Blocks of attention and a feed-forward layer; causal, or over the whole window with one position more for a mask."""
     D, hidden, blocks = config.width, config.hidden, config.blocks
+    positions = config.window if is_causal else config.window + 1
 
     def init(rng: torch.Generator) -> Weights:
         def normal(*shape: int, std: float) -> Tensor:
             return torch.randn(*shape, generator=rng) * std
 
-        weights = {"positions": normal(config.window, D, std=0.05)}
+        weights = {"positions": normal(positions, D, std=0.05)}
         for block in range(blocks):
             name = f"block{block}."
             weights |= {
@@ -44,6 +50,8 @@ def sasrec(config: EncoderConfig) -> Encoder:
                 name + "down": normal(hidden, D, std=0.5 * hidden**-0.5),
                 name + "down.bias": torch.zeros(D),
             }
+        if not is_causal:
+            weights["mask"] = normal(D, std=0.05)
         return weights | {"norm.gain": torch.ones(D), "norm.bias": torch.zeros(D)}
 
     def encode(weights: Weights, rows_UBLD: Tensor, is_padding_UBL: Tensor, masks: Sequence[Tensor]) -> Tensor:
@@ -58,7 +66,7 @@ def sasrec(config: EncoderConfig) -> Encoder:
         hidden_UBLD = rows_UBLD * math.sqrt(D) + weights["positions"][:, None, -L:]
         if has_padding:
             hidden_UBLD = hidden_UBLD * (~is_padding_UBL)[..., None]
-        mask_NLL = torch.full((1, L, L), NEVER).triu(1)
+        mask_NLL = torch.full((1, L, L), NEVER).triu(1) if is_causal else torch.zeros(1, 1, 1).expand(1, L, L)
         if has_padding:
             mask_NLL = torch.minimum(mask_NLL, is_padding_UBL.view(U * B, 1, L) * NEVER)
 
@@ -74,4 +82,4 @@ def sasrec(config: EncoderConfig) -> Encoder:
             hidden_UMD = hidden_UMD + dropped(linear(wide_UMF, weights[name + "down"], weights[name + "down.bias"]))
         return layer_norm(hidden_UMD, weights["norm.gain"], weights["norm.bias"]).view(U, B, L, D)
 
-    return Encoder(init=init, encode=encode, dropout_sites=1 + 2 * blocks)
+    return Encoder(init=init, encode=encode, dropout_sites=1 + 2 * blocks, is_causal=is_causal)

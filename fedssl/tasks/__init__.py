@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,8 +58,11 @@ class Views:
 class UsersModel(Protocol):
     """What U users hold at one local step, as a task sees it."""
 
-    def encode(self, rows_UBL: Tensor) -> Tensor:
-        """Hidden states (U, B, L, D), dropout applied."""
+    def encode(self, rows_UBL: Tensor, is_hidden_UBL: Tensor | None = None) -> Tensor:
+        """Hidden states (U, B, L, D), dropout applied. ``is_hidden_UBL``: places of row 0 that hide an item and are no padding."""
+
+    def after(self, rows_UBL: Tensor) -> Tensor:
+        """The hidden state that says what follows each window, (U, B, D); any encoder has one."""
 
     def personal(self, hidden_UBLD: Tensor) -> Tensor:
         """The hidden states as the user's own head reads them."""
@@ -71,8 +74,10 @@ class UsersModel(Protocol):
 class Task(NamedTuple):
     """``draw(windows_USBL1, chance)`` turns chance into data; ``loss(model, sequences of one step)`` is (U,), one a user.
 
-    The windows have one event more than the encoder reads: the last target.
+    The windows have one event more than a causal encoder reads: the last target. ``encoder``: what kind the task can train; at
+    every position of a bidirectional one the answer to "what comes next" would lie open, so a task asks for that kind by name.
     """
 
     draw: Callable[[NDArray[np.int64], Chance], Views]
     loss: Callable[[UsersModel, Mapping[str, Tensor]], Tensor]
+    encoder: Literal["causal", "bidirectional", "any"] = "causal"

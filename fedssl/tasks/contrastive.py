@@ -54,7 +54,7 @@ def contrastive(config: TaskConfig, *, num_items: int) -> Task:
         return Views({"left": left, "right": right, "invented": invented})
 
     def loss(model: UsersModel, sequences: Mapping[str, Tensor]) -> Tensor:
-        left, right, invented = (model.encode(sequences[name])[:, :, -1] for name in ("left", "right", "invented"))
+        left, right, invented = (model.after(sequences[name]) for name in ("left", "right", "invented"))
         return info_nce(left, right, invented, temperature=config.temperature)
 
-    return Task(draw, loss)
+    return Task(draw, loss, encoder="any")

@@ -1,0 +1,46 @@
+"""Masked item: some events of a window are hidden, and an encoder that reads both ways says which items they were.
+
+Source: Sun et al. 2019 (BERT4Rec), https://arxiv.org/abs/1904.06690, section 3.6: the cloze, and windows in which the newest event alone
+is hidden, which is what a recommendation asks for. Softmax over the catalogue or drawn candidates: as in `next_item`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedssl.config import TaskConfig
+from fedssl.tasks import Chance, Task, UsersModel, Views
+
+
+def masked_item(config: TaskConfig, *, num_items: int) -> Task:
+    """Each event is hidden with chance ``1 - config.keep``; in half of the windows the newest alone is, for certain.
+
+    At least one event is hidden and one is read: where chance hid none or all, the newest is hidden and the others are read. So a
+    window of one event teaches nothing. ``config.negatives``: as in `next_item`.
+    """
+
+    def draw(windows_USBL1: NDArray[np.int64], chance: Chance) -> Views:
+        # The last column is read too: a mask takes its place, as it does behind a history.
+        wide = replace(chance, window=chance.window + 1)
+        is_event = windows_USBL1 > 0
+        is_hidden = is_event & (wide.columns("hidden", *windows_USBL1.shape[1:]) >= config.keep)
+        size, hidden = is_event.sum(-1), is_hidden.sum(-1)
+        is_newest_alone = (chance.uniform("newest alone", *windows_USBL1.shape[1:3]) < 0.5) | (hidden == 0) | (hidden == size)
+        is_hidden[is_newest_alone] = False
+        is_hidden[..., -1] |= is_newest_alone
+        is_hidden &= (size > 1)[..., None]
+        sequences = {"read": np.where(is_hidden | (size < 2)[..., None], 0, windows_USBL1), "target": np.where(is_hidden, windows_USBL1, 0)}
+        if config.negatives == 0:
+            return Views(sequences, ranks_all=True)
+        return Views(sequences, candidates=1 + chance.integers("negatives", config.negatives, num_items))
+
+    def loss(model: UsersModel, sequences: Mapping[str, Tensor]) -> Tensor:
+        hidden_UBLD = model.encode(sequences["read"], sequences["target"] > 0)
+        return model.softmax_loss(model.personal(hidden_UBLD), sequences["target"])
+
+    return Task(draw, loss, encoder="bidirectional")
