@@ -25,11 +25,32 @@ class DataConfig(Settings):
     """Which histories, and how they are cut."""
 
     path: str = Field("", description="File of histories; a bare name is also looked up in $FEDSSL_DATA")
-    format: str = Field("auto", description="auto: found by looking; inter: RecBole atomic file; lines: `user item item ...`")
+    format: str = Field("auto", description="auto: found by looking; else inter, lines, pairs, movielens, csv, tsv, jsonl, parquet, or package.module:name")
+    columns: tuple[str, ...] = Field(
+        (), description="csv, tsv, jsonl, parquet, inter: names of the user, item and perhaps time column; empty: found where they have usual names"
+    )
+    skip_bad_lines: bool = Field(False, description="Lines that cannot be read are counted and passed over; false: the first one stops")
     min_events: int = Field(5, ge=1, description="k-core: users and items with fewer events are dropped until none is left; 1: keep all")
-    split: Literal["leave-one-out"] = Field("leave-one-out", description="A user's last event is test, the one before validation, the rest training")
-    items: str = Field("", description="RecBole `.item` file with titles and attributes; empty: none")
+    split: Literal["leave-one-out", "global-time"] = Field(
+        "leave-one-out",
+        description="leave-one-out: a user's last event is test, the one before validation, the rest training; global-time: training ends for all at "
+        "one time, a user's first event from `test_from` on is test, the first between `validation_from` and `test_from` validation",
+    )
+    validation_from: float = Field(0.8, gt=0.0, description="global-time: below 1 the share of all events that are before it, else a time in the file's unit")
+    test_from: float = Field(0.9, gt=0.0, description="global-time: as `validation_from`, and later")
+    items: str = Field(
+        "", description="Titles and attributes of items: `.item`, movies.dat, CSV or TSV with a header, Amazon's metadata as JSON lines; empty: none"
+    )
+    users: str = Field("", description="Attributes of users, for a probe alone: `.user`, users.dat, CSV or TSV with a header; empty: none")
     catalogue: str = Field("", description="A public catalogue.jsonl; empty: made from the data, which no epsilon covers")
+
+    @model_validator(mode="after")
+    def _columns_and_cuts_make_sense(self) -> DataConfig:
+        if self.columns and (len(self.columns) not in (2, 3) or len(set(self.columns)) != len(self.columns) or not all(self.columns)):
+            raise ValueError(f"columns = {list(self.columns)}; wanted two or three different names: user, item and perhaps time")
+        if self.split == "global-time" and (self.validation_from < 1) == (self.test_from < 1) and self.validation_from >= self.test_from:
+            raise ValueError(f"validation_from = {self.validation_from:g} is not before test_from = {self.test_from:g}; wanted an earlier one")
+        return self
 
 
 class EncoderConfig(Settings):

@@ -1,9 +1,10 @@
 """Evaluation: the rank of each user's held-out item among the whole catalogue, and metrics of those ranks.
 
-Leave-one-out by time: the last event of a user is the test target, the one before it the validation target, the rest
-training. No candidates are sampled: a target is ranked against every item (Krichene and Rendle 2020,
-https://dl.acm.org/doi/10.1145/3394486.3403226, show how sampling misleads). Every number is reported twice: `all`
-(any item may be recommended) and `unseen` (the user's earlier items are left out, never the target).
+Targets are those of the histories' split: a user's last event is the test target, the one before it the validation target
+(leave-one-out), or the first event of a period that is held out from everybody (global time). No candidates are sampled: a
+target is ranked against every item (Krichene and Rendle 2020, https://dl.acm.org/doi/10.1145/3394486.3403226, show how
+sampling misleads). Every number is reported twice: `all` (any item may be recommended) and `unseen` (the user's earlier
+items are left out, never the target).
 """
 
 from __future__ import annotations
@@ -154,22 +155,23 @@ def evaluate(
     """Rank the held-out item of every user (or of ``users``) against the whole catalogue, ``block`` users at a time.
 
     Guarantees:
-      - a user counts once, however often listed, and only if they have the three events that leave-one-out needs;
-      - before a test target the scorer reads everything but the last event, before a validation target the training part;
+      - a user counts once, however often listed, and only if they have a target: with leave-one-out those with three events, with
+        a split by time those with an event in the period and one before it;
+      - the scorer reads everything before the target and nothing later: of a validation target that is the training part;
       - users of a block have histories of nearly the same length, so that a scorer pads little;
       - the block size and the order of ``users`` change nothing beyond the scorer's own rounding.
 
     The scorer runs without gradients. Raises DataError where nobody can be tested.
     """
-    tested = histories.can_be_tested
+    places = histories.target_places(split)
+    tested = places >= 0
     chosen = np.flatnonzero(tested) if users is None else np.unique(np.asarray(users, dtype=np.int64))
     chosen = chosen[tested[chosen]]
     if not len(chosen):
-        raise DataError(
-            f"{split}: none of {len(tested) if users is None else len(users)} users has the three events that leave-one-out needs; give longer histories"
-        )
+        needed = "the three events that leave-one-out needs" if histories.held_from is None else "an event in this period and one before it"
+        raise DataError(f"{split}: none of {len(tested) if users is None else len(users)} users has {needed}; give longer histories")
     starts = histories.cuts[chosen]
-    ends = histories.cuts[chosen + 1] - 1 if split == "test" else histories.training_ends[chosen]
+    ends = places[chosen]
     targets = histories.items[ends].astype(np.int64)
     of_all: dict[str, Floats] = {}
     of_unseen: dict[str, Floats] = {}

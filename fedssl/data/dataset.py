@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from fedssl.config import DataConfig
 from fedssl.data.histories import Histories, make_histories, open_histories, put_histories, read_about, written_beside
 from fedssl.data.interactions import Interactions, k_core
 from fedssl.data.paths import find_path
-from fedssl.data.readers import read_interactions, read_items
+from fedssl.data.readers import read_interactions, read_items, read_users
+from fedssl.data.split import check_has_targets, hold_out
 from fedssl.errors import CatalogueMismatch, DataError
 
 DATASET_FORMAT = 1
@@ -22,38 +23,50 @@ DATASET_FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Histories and their catalogue. ``dropped``: users, items and events that the filter took away."""
+    """Histories and their catalogue.
+
+    ``dropped``: users, items and events that the filter took away. ``bad_lines``: lines of the file that were passed over because they
+    could not be read; ``first_bad``: file, line and reason of the first. ``user_attributes``: what a side file says of users, by token;
+    it is for a probe alone, and no model, catalogue or record sees it.
+    """
 
     histories: Histories
     catalogue: Catalogue
     path: str
     dropped: Mapping[str, int]
+    bad_lines: int = 0
+    first_bad: str = ""
+    user_attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """What `[data]` asks for: a file read, filtered and sorted, or a store opened memory-mapped.
+    """What `[data]` asks for: a file read, filtered, sorted and split, or a store opened memory-mapped and split.
 
     A store is taken as it is; it is refused where it does not keep the promise of ``min_events``. Raises DataError for a path
     or file that cannot be used and where nobody is left to test, CatalogueMismatch for items that a given catalogue does not list.
     """
     path = find_path(config.path)
-    dataset = open_dataset(path) if path.is_dir() else make_dataset(read_interactions(path, config.format), config)
     if path.is_dir():
+        dataset = open_dataset(path)
         _check_is_core(dataset, config.min_events)
         if config.catalogue and _public(config).hash != dataset.catalogue.hash:
             raise CatalogueMismatch(f"{path}: the store speaks of another catalogue than {config.catalogue}; convert the data again with that catalogue")
+        dataset = replace(dataset, histories=hold_out(dataset.histories, config, str(path)))
+    else:
+        dataset = make_dataset(read_interactions(path, config.format, columns=config.columns, skip_bad_lines=config.skip_bad_lines), config)
     if config.items:
         dataset = replace(dataset, catalogue=_describe_items(dataset.catalogue, config.items))
-    if not dataset.histories.can_be_tested.any():
-        raise DataError(
-            f"{path}: none of the {dataset.histories.num_users} users has three events (training, validation, test), so nothing could be measured; "
-            "give longer histories"
-        )
+    if config.users:
+        dataset = replace(dataset, user_attributes=_describe_users(dataset.histories.names, config.users))
+    check_has_targets(dataset.histories, str(path))
     return dataset
 
 
 def make_dataset(interactions: Interactions, config: DataConfig) -> Dataset:
-    """Filter, sort and number events that are already in memory. Raises DataError where the filter leaves nothing."""
+    """Filter, sort, number and split events that are already in memory.
+
+    Raises DataError where the filter leaves nothing, or the split cannot be made.
+    """
     kept = k_core(interactions, config.min_events)
     if not kept.num_events:
         raise DataError(
@@ -66,18 +79,28 @@ def make_dataset(interactions: Interactions, config: DataConfig) -> Dataset:
         "items": len(interactions.item_tokens) - len(kept.item_tokens),
         "events": interactions.num_events - kept.num_events,
     }
-    return Dataset(histories, catalogue, config.path, dropped)
+    histories = hold_out(histories, config, config.path or "the interactions")
+    return Dataset(histories, catalogue, config.path, dropped, interactions.bad_lines, interactions.first_bad)
 
 
 def write_dataset(dataset: Dataset, folder: Path) -> None:
-    """Write a store that `open_dataset` maps: the histories, `catalogue.jsonl`, `dataset.json`. Never half there.
+    """Write a store that `open_dataset` maps: the histories, `catalogue.jsonl`, `users.jsonl` where users have attributes,
+    `dataset.json`. Never half there.
 
     Raises DataError where ``folder`` already holds something, or cannot be written.
     """
     with written_beside(folder) as beside:
         put_histories(dataset.histories, beside)
         write_catalogue(dataset.catalogue, beside / "catalogue.jsonl")
-        about = {"format": DATASET_FORMAT, "catalogue": dataset.catalogue.hash, "dropped": dict(dataset.dropped)}
+        if dataset.user_attributes:
+            _write_users(dataset.user_attributes, beside / "users.jsonl")
+        about = {
+            "format": DATASET_FORMAT,
+            "catalogue": dataset.catalogue.hash,
+            "dropped": dict(dataset.dropped),
+            "bad_lines": dataset.bad_lines,
+            "first_bad": dataset.first_bad,
+        }
         (beside / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -90,8 +113,16 @@ def open_dataset(folder: Path) -> Dataset:
         raise DataError(f"{folder}/catalogue.jsonl: not the catalogue that was written with the histories; make the store again with `fedssl data convert`")
     if histories.num_events and not (histories.items.min() >= 1 and histories.items.max() <= catalogue.num_items):
         raise DataError(f"{folder}: histories name rows outside the catalogue's 1 to {catalogue.num_items}; make the store again with `fedssl data convert`")
-    dropped = about.get("dropped")
-    return Dataset(histories, catalogue, str(folder), dict(dropped) if isinstance(dropped, dict) else {})
+    dropped, bad_lines = about.get("dropped"), about.get("bad_lines")
+    return Dataset(
+        histories,
+        catalogue,
+        str(folder),
+        dict(dropped) if isinstance(dropped, dict) else {},
+        bad_lines if isinstance(bad_lines, int) else 0,
+        str(about.get("first_bad", "")),
+        _read_users(folder / "users.jsonl") if (folder / "users.jsonl").exists() else {},
+    )
 
 
 def _public(config: DataConfig) -> Catalogue:
@@ -99,7 +130,7 @@ def _public(config: DataConfig) -> Catalogue:
 
 
 def _describe_items(catalogue: Catalogue, path: str) -> Catalogue:
-    """The catalogue with titles and attributes of a `.item` file over those it had."""
+    """The catalogue with titles and attributes of a side file over those it had."""
     titles, attributes = read_items(find_path(path))
     if not any(token in catalogue.rows for token in attributes):
         first_known, first_named = catalogue.tokens[0], next(iter(attributes), "none")
@@ -109,6 +140,29 @@ def _describe_items(catalogue: Catalogue, path: str) -> Catalogue:
         titles={**catalogue.titles, **{token: title for token, title in titles.items() if token in catalogue.rows}},
         attributes={**catalogue.attributes, **{token: known for token, known in attributes.items() if token in catalogue.rows}},
     )
+
+
+def _describe_users(names: Sequence[str], path: str) -> dict[str, dict[str, str]]:
+    """Attributes of the users among ``names``, in that order."""
+    found = read_users(find_path(path))
+    known = {name: found[name] for name in names if name in found}
+    if not known:
+        raise DataError(f"{path}: names no user of the data; users here are like {names[0]!r}, there like {next(iter(found), 'none')!r}")
+    return known
+
+
+def _write_users(attributes: Mapping[str, Mapping[str, str]], path: Path) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps({"user": token, "attributes": dict(known)}, ensure_ascii=False) + "\n" for token, known in attributes.items())
+
+
+def _read_users(path: Path) -> dict[str, dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="\n") as file:
+            lines = [json.loads(line) for line in file]
+        return {str(line["user"]): {str(name): str(value) for name, value in line["attributes"].items()} for line in lines}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path}: damaged ({error}); make the store again with `fedssl data convert`") from None
 
 
 def _check_is_core(dataset: Dataset, min_events: int) -> None:

@@ -1,7 +1,7 @@
 """Histories: every user's items in order of time, end to end, cut at the users; in memory or memory-mapped from a folder.
 
 User numbers and item rows are stable: users stand in the order of their tokens as text, rows from 1 in order of first
-appearance in that order of events. The split is leave-one-out by time: last event test, the one before validation.
+appearance in that order of events. What is held out is a user's last two events, or what comes from one time on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,9 @@ from fedssl.catalogue import Catalogue
 from fedssl.data.interactions import Interactions
 from fedssl.errors import CatalogueMismatch, DataError
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
+"""2: with a split by time. A store without one is written as format 1."""
+
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "items": np.dtype("<i4"),
     "cuts": np.dtype("<i8"),
@@ -34,19 +36,29 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
 }
 
 
+class HeldFrom(NamedTuple):
+    """The times, in the unit of the events, from which on events are held out from everybody: validation first, test later."""
+
+    validation: float
+    test: float
+
+
 @dataclass(frozen=True, eq=False)
 class Histories:
     """User ``u`` met ``items[cuts[u]:cuts[u + 1]]``, oldest first.
 
     Shapes: items (events,), catalogue rows from 1; cuts (U + 1,), from 0 to events; times (events,) or None; names (U,), user tokens.
+    ``held_from``: None for leave-one-out (last event test, the one before validation), else a global split by time, which needs times.
     """
 
     items: NDArray[np.int32]
     cuts: NDArray[np.int64]
     times: NDArray[np.float64] | None
     names: Sequence[str]
+    held_from: HeldFrom | None = None
 
     def __post_init__(self) -> None:
+        assert self.held_from is None or self.times is not None
         assert len(self.cuts) == len(self.names) + 1
         assert self.cuts[0] == 0
         assert self.cuts[-1] == len(self.items)
@@ -75,16 +87,45 @@ class Histories:
 
     @cached_property
     def can_be_tested(self) -> NDArray[np.bool_]:
-        """Whether a user has the three events that a test, a validation and a training event take. Shape: (U,)."""
-        return self.lengths >= 3
+        """Whether a user has a test target. Shape: (U,).
+
+        Leave-one-out: three events or more (training, validation, test). By time: an event from the test's time on, and one before it.
+        """
+        if self.held_from is None:
+            return self.lengths >= 3
+        first = self._first_from(self.held_from.test)
+        return (first > self.cuts[:-1]) & (first < self.cuts[1:])
 
     @cached_property
     def training_ends(self) -> NDArray[np.int64]:
-        """Where in ``items`` each user's training part ends; validation is at that index, test at the next. Shape: (U,).
+        """Where in ``items`` each user's training part ends. Shape: (U,).
 
-        A user with fewer than three events only trains: the end is that of the whole history.
+        Leave-one-out: validation is at that index, test at the next; a user with fewer than three events only trains, and the end is
+        that of the whole history. By time: every event before the validation's time trains, and no other, whether the user is tested or not.
         """
-        return self.cuts[1:] - 2 * self.can_be_tested
+        if self.held_from is None:
+            return self.cuts[1:] - 2 * self.can_be_tested
+        return self._first_from(self.held_from.validation)
+
+    def target_places(self, split: Literal["validation", "test"]) -> NDArray[np.int64]:
+        """Where in ``items`` each user's target stands, -1 for users without one; everything before it may be read. Shape: (U,).
+
+        By time a target is the first event of its period, and a user without any event before it has none.
+        """
+        if self.held_from is None:
+            return np.where(self.can_be_tested, self.cuts[1:] - 1 if split == "test" else self.training_ends, -1)
+        first = self._first_from(self.held_from.test)
+        if split == "test":
+            return np.where(self.can_be_tested, first, -1)
+        return np.where((self.training_ends > self.cuts[:-1]) & (self.training_ends < first), self.training_ends, -1)
+
+    def _first_from(self, time: float) -> NDArray[np.int64]:
+        """Where each user's first event at ``time`` or later stands; the end of the user where there is none. Shape: (U,)."""
+        assert self.times is not None
+        before = np.zeros(self.num_users, dtype=np.int64)
+        has_events = self.lengths > 0
+        before[has_events] = np.add.reduceat(self.times < time, self.cuts[:-1][has_events], dtype=np.int64)
+        return self.cuts[:-1] + before
 
     @cached_property
     def training_lengths(self) -> NDArray[np.int64]:
@@ -93,10 +134,15 @@ class Histories:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over items and cuts, in hexadecimal: equal fingerprints mean equal histories on every machine."""
+        """SHA-256 over items and cuts, in hexadecimal: equal fingerprints mean equal histories on every machine.
+
+        With a split by time also over where training ends.
+        """
         digest = hashlib.sha256(f"histories {self.num_users} {self.num_events}\n".encode())
         digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
         digest.update(np.ascontiguousarray(self.cuts, dtype="<i8").data)
+        if self.held_from is not None:
+            digest.update(np.ascontiguousarray(self.training_ends, dtype="<i8").data)
         return digest.hexdigest()
 
 
@@ -142,7 +188,8 @@ def take_users(histories: Histories, users: NDArray[np.int64]) -> Histories:
     lengths = histories.lengths[users]
     cuts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     events = np.arange(cuts[-1]) + np.repeat(histories.cuts[:-1][users] - cuts[:-1], lengths)
-    return Histories(
+    return replace(
+        histories,
         items=np.asarray(histories.items[events]),
         cuts=cuts,
         times=None if histories.times is None else np.asarray(histories.times[events]),
@@ -179,7 +226,8 @@ def put_histories(histories: Histories, folder: Path) -> None:
     for name, column in columns.items():
         if column is not None:
             np.save(folder / f"{name}.npy", np.ascontiguousarray(column, dtype=_COLUMNS[name]))
-    about = {"format": STORE_FORMAT, "users": histories.num_users, "events": histories.num_events, "fingerprint": histories.fingerprint}
+    about: dict[str, Any] = {} if histories.held_from is None else {"held_from": histories.held_from}
+    about |= {"format": STORE_FORMAT if about else 1, "users": histories.num_users, "events": histories.num_events, "fingerprint": histories.fingerprint}
     (folder / "histories.json").write_text(json.dumps({**about, "times": histories.times is not None}, indent=2) + "\n", encoding="utf-8")
 
 
@@ -197,7 +245,7 @@ def open_histories(folder: Path, *, verify: bool = True) -> Histories:
     _check_cuts(name_cuts, len(names), folder / "name_cuts.npy")
     if len(name_cuts) != len(cuts) or (times is not None and len(times) != len(items)):
         raise DataError(f"{folder}: columns of different lengths; the store is damaged, make it again with `fedssl data convert`")
-    histories = Histories(items, cuts, times, StoredNames(names, name_cuts))
+    histories = Histories(items, cuts, times, StoredNames(names, name_cuts), _held_from(about, times is not None, folder))
     if verify and histories.fingerprint != about.get("fingerprint"):
         raise DataError(f"{folder}: the bytes are not those that were written (fingerprint differs); make it again with `fedssl data convert`")
     return histories
@@ -255,6 +303,18 @@ def read_about(folder: Path, name: str, newest: int) -> dict[str, Any]:
     if number > newest:
         raise DataError(f"{path}: format {number}, this version reads up to {newest}; install the fedssl that wrote it")
     return dict(about)
+
+
+def _held_from(about: dict[str, Any], has_times: bool, folder: Path) -> HeldFrom | None:
+    if "held_from" not in about:
+        return None
+    try:
+        validation, test = map(float, about["held_from"])
+    except (TypeError, ValueError):
+        has_times = False
+    if not has_times:
+        raise DataError(f"{folder}: a split by time without its two times, or without times of events; make the store again")
+    return HeldFrom(validation, test)
 
 
 def _map(folder: Path, name: str) -> NDArray[Any]:

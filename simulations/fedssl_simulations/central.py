@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -94,12 +94,15 @@ def each_alone(
 ) -> tuple[dict[str, Ranks], dict[str, Any]]:
     """Every user trains the initial weights on their own history alone; ranks of validation and test, and what was chosen.
 
-    A fixed sample of ``users`` people (all where there are fewer), ``steps`` local steps each, softmax over the whole
-    catalogue; the step size is chosen on validation.
+    A fixed sample of ``users`` people who have a target (all where there are fewer), ``steps`` local steps each, softmax over the
+    whole catalogue; the step size is chosen on validation.
     """
     parts = make_parts(recipe)
-    tested = np.flatnonzero(histories.can_be_tested)
-    chosen = tested[np.unique(np.linspace(0, len(tested) - 1, min(users, len(tested))).astype(np.int64))]
+
+    def sample(split: Literal["validation", "test"]) -> NDArray[np.int64]:
+        tested = np.flatnonzero(histories.target_places(split) >= 0)
+        return tested[np.unique(np.linspace(0, len(tested) - 1, min(users, len(tested))).astype(np.int64))]
+
     weights = initial_weights(recipe)
     best: tuple[float, dict[str, Ranks], float] | None = None
     for lr in lrs:
@@ -125,9 +128,9 @@ def each_alone(
                     scores.append(Recommender(recipe, {**own, ITEMS: table}).encoder_scores([history], mine[some][place : place + 1]))
             return torch.cat(scores)
 
-        validation = evaluate(alone, histories, "validation", users=chosen, ks=ks)
+        validation = evaluate(alone, histories, "validation", users=sample("validation"), ks=ks)
         quality = validation.summary()["unseen"]["ndcg@10"]
         if best is None or quality > best[0]:
-            best = (quality, {"validation": validation, "test": evaluate(alone, histories, "test", users=chosen, ks=ks)}, lr)
+            best = (quality, {"validation": validation, "test": evaluate(alone, histories, "test", users=sample("test"), ks=ks)}, lr)
     assert best is not None
-    return best[1], {"users": len(chosen), "steps": steps, "lr": best[2]}
+    return best[1], {"users": len(best[1]["test"].users), "steps": steps, "lr": best[2]}

@@ -29,7 +29,7 @@ from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, wr
 from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
-from fedssl.data.histories import take_users
+from fedssl.data.histories import Histories, take_users
 from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.parts import make_parts
@@ -167,7 +167,7 @@ def _simulate(
         is_last = facts.phase == phases[-1].name and facts.round == rounds[facts.phase]
         if facts.phase == "training" and config.evaluation.every and facts.round % config.evaluation.every == 0 and not is_last:
             model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
-            validation = evaluate(model, histories, "validation", users=_sample(config, histories.num_users), ks=config.evaluation.ks).summary()
+            validation = evaluate(model, histories, "validation", users=_sample(config, histories), ks=config.evaluation.ks).summary()
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
             folder / "metrics.jsonl",
@@ -281,11 +281,13 @@ def _last_state(folder: Path, recipe: Recipe, dataset: Dataset) -> State | None:
     return checkpoint.state
 
 
-def _sample(config: RunConfig, num_users: int) -> NDArray[np.int64]:
-    if config.evaluation.users == 0 or config.evaluation.users >= num_users:
-        return np.arange(num_users)
-    draw = seeds.uniform(np.array([seeds.key(config.seed, "validation users")], dtype=np.uint64), num_users)[0]
-    return np.sort(np.argsort(draw, kind="stable")[: config.evaluation.users])
+def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:
+    """The fixed random set of users for a validation between rounds; with a split by time of those who have a target."""
+    pool = np.arange(histories.num_users) if histories.held_from is None else np.flatnonzero(histories.target_places("validation") >= 0)
+    if config.evaluation.users == 0 or config.evaluation.users >= len(pool):
+        return pool
+    draw = seeds.uniform(np.array([seeds.key(config.seed, "validation users")], dtype=np.uint64), len(pool))[0]
+    return np.sort(pool[np.argsort(draw, kind="stable")[: config.evaluation.users]])
 
 
 def _metrics_line(

@@ -65,7 +65,7 @@ def _type(annotation: Any) -> str:
         return " or ".join(_type(inner) for inner in get_args(annotation) if inner is not type(None))
     if get_origin(annotation) is tuple:
         return f"list of {_type(get_args(annotation)[0])}s"
-    return {str: "text", int: "whole number", float: "number"}[annotation]
+    return {str: "text", bool: "true or false", int: "whole number", float: "number"}[annotation]
 
 
 def _table(section: type[Settings], names: list[str]) -> str:
@@ -83,6 +83,8 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value!r}`".replace("'", '"')
 
 

@@ -226,7 +226,7 @@ def set_about(folder: Path, **values: object) -> None:
         (lambda folder: (folder / "histories.json").unlink(), "this is not a store"),
         (lambda folder: (folder / "histories.json").write_text("{"), "damaged"),
         (lambda folder: (folder / "histories.json").write_text("[]"), "no format number"),
-        (lambda folder: set_about(folder, format=2), "format 2, this version reads up to 1"),
+        (lambda folder: set_about(folder, format=3), "format 3, this version reads up to 2"),
         (lambda folder: set_about(folder, format="x"), "no format number"),
     ],
 )
