@@ -18,6 +18,7 @@ import typer
 from fedssl.errors import FedSSLError
 
 if TYPE_CHECKING:
+    from fedssl.config import DataConfig
     from fedssl_simulations.run import Progress, Run
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
@@ -30,6 +31,10 @@ Seed = Annotated[int | None, typer.Option(help="Another seed than the run's own"
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a program")]
 Split = Annotated[str, typer.Option(help="test or validation")]
+MinEvents = Annotated[int, typer.Option(min=1, help="Filter users and items with fewer events")]
+FileFormat = Annotated[str, typer.Option("--format", help="auto, inter, lines, pairs, movielens, csv, tsv, jsonl, parquet, or package.module:name")]
+Columns = Annotated[str, typer.Option(metavar="USER,ITEM[,TIME]", help="Names of these columns, where they are not the usual ones")]
+SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Count lines that cannot be read instead of stopping at the first")]
 
 
 def main() -> None:
@@ -206,19 +211,24 @@ def presets() -> None:
 @data.command()
 def describe(
     path: Annotated[str, typer.Argument(help="A file of histories, or a store; a bare name is also looked up in $FEDSSL_DATA")],
-    min_events: Annotated[int, typer.Option(min=1, help="Filter users and items with fewer events")] = 5,
-    file_format: Annotated[str, typer.Option("--format", help="auto, inter, lines, or package.module:name")] = "auto",
+    min_events: MinEvents = 5,
+    file_format: FileFormat = "auto",
+    columns: Columns = "",
+    skip_bad_lines: SkipBadLines = False,
+    split: Annotated[str, typer.Option(help="leave-one-out or global-time")] = "leave-one-out",
+    validation_from: Annotated[float, typer.Option(help="global-time: share of events before it, or, from 1 on, a time")] = 0.8,
+    test_from: Annotated[float, typer.Option(help="global-time: as --validation-from, and later")] = 0.9,
     as_json: AsJson = False,
 ) -> None:
     """What a careful person wants to know first.
 
     Example: fedssl data describe ml-1m.inter.gz
     """
-    from fedssl.config import DataConfig
     from fedssl.data.describe import describe as facts_of
     from fedssl.data.describe import describe_text
 
-    facts = facts_of(DataConfig(path=path, min_events=min_events, format=file_format))
+    cuts = {"split": split, "validation_from": validation_from, "test_from": test_from}
+    facts = facts_of(_data_config(path=path, min_events=min_events, format=file_format, columns=columns, skip_bad_lines=skip_bad_lines, **cuts))
     typer.echo(json.dumps(facts) if as_json else describe_text(facts))
 
 
@@ -226,21 +236,26 @@ def describe(
 def convert(
     path: Annotated[str, typer.Argument(help="A file of histories; a bare name is also looked up in $FEDSSL_DATA")],
     out: Annotated[Path, typer.Argument(help="Folder of the store; made anew")],
-    min_events: Annotated[int, typer.Option(min=1, help="Filter users and items with fewer events")] = 5,
-    file_format: Annotated[str, typer.Option("--format", help="auto, inter, lines, or package.module:name")] = "auto",
-    items: Annotated[str, typer.Option(help="A RecBole .item file with titles and attributes")] = "",
+    min_events: MinEvents = 5,
+    file_format: FileFormat = "auto",
+    columns: Columns = "",
+    skip_bad_lines: SkipBadLines = False,
+    items: Annotated[str, typer.Option(help="A file with titles and attributes of items")] = "",
+    users: Annotated[str, typer.Option(help="A file with attributes of users, for a probe alone")] = "",
 ) -> None:
     """Make the memory-mapped store of a data set: it opens at once, and is shared by processes.
 
     Example: fedssl data convert ml-1m.inter.gz stores/ml-1m
     """
-    from fedssl.config import DataConfig
     from fedssl.data.dataset import load_dataset, write_dataset
 
-    dataset = load_dataset(DataConfig(path=path, min_events=min_events, format=file_format, items=items))
+    config = _data_config(path=path, min_events=min_events, format=file_format, columns=columns, skip_bad_lines=skip_bad_lines, items=items, users=users)
+    dataset = load_dataset(config)
     write_dataset(dataset, out)
     histories = dataset.histories
     typer.echo(f"{out}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events")
+    if dataset.bad_lines:
+        typer.echo(f"passed over {dataset.bad_lines:,} lines that cannot be read; the first: {dataset.first_bad}", err=True)
 
 
 @data.command()
@@ -264,6 +279,12 @@ def synthesize(
     interactions = make(users, items, seed, mean_events=events)
     (write_inter if ".inter" in out.suffixes else write_lines)(interactions, out)
     typer.echo(f"{out}: {users:,} users, {len(interactions.item_tokens):,} items, {interactions.num_events:,} events")
+
+
+def _data_config(*, columns: str, **values: Any) -> DataConfig:
+    from fedssl.config import DataConfig, check
+
+    return check(DataConfig, {**values, "columns": columns.split(",") if columns else []}, where="command line")
 
 
 # ---- printing ----
