@@ -60,7 +60,10 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
         return target
     beside = folder / f".{target.name}.new"
     beside.mkdir()
-    save_file(to_numpy(state.weights(recipe)), beside / "weights.safetensors")
+    # Who opens one file finds the model in it; what only a resume needs lies beside.
+    save_file(to_numpy(state.released(recipe)), beside / "weights.safetensors")
+    if state.average_P is not None:
+        save_file(to_numpy(state.weights(recipe)), beside / "training.safetensors")
     save_file(to_numpy(state.memory), beside / "optimizer.safetensors")
     if state.counts is not None:
         save_file({"starts": state.counts.starts, "columns": state.counts.columns, "values": state.counts.values}, beside / "counts.safetensors")
@@ -72,6 +75,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
         "round": state.round,
         "charged": dict(state.charged),
         "counts": state.counts is not None,
+        "average": state.average_P is not None,
         "run": checkpoint.run,
         "fingerprint": checkpoint.fingerprint,
     }
@@ -113,6 +117,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         recipe = read_recipe((folder / "recipe.json").read_text(), where=str(folder / "recipe.json"))
         catalogue = read_catalogue(folder / "catalogue.jsonl")
         weights = load_file(folder / "weights.safetensors")
+        has_average = bool(about["average"])
+        training = load_file(folder / "training.safetensors") if has_average else weights
         memory = load_file(folder / "optimizer.safetensors")
         counts = Counts(**load_file(folder / "counts.safetensors")) if about["counts"] else None
         phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
@@ -127,11 +133,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CatalogueMismatch(f"{folder}: catalogue.jsonl is not the one its recipe was made for; a file was replaced, use another checkpoint")
     if counts is not None:
         _check_counts(folder / "counts.safetensors", counts, recipe.num_items)
+    if has_average != (phase == "training" and 0 < recipe.server.average_from <= round_):
+        raise CheckpointError(f"{folder}: state.json and recipe.json disagree on whether late rounds are averaged; one was changed, use another checkpoint")
     layout = make_parts(recipe).layout
     _check_shapes(folder / "weights.safetensors", weights, dict(zip(layout.names, layout.shapes, strict=True)))
+    _check_shapes(folder / "training.safetensors", training, dict(zip(layout.names, layout.shapes, strict=True)))
     expected = make_parts(recipe).optimizer.init(layout.num_weights)
     _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
-    state = State(phase, round_, flatten(from_numpy(weights), layout), from_numpy(memory), counts, charged)
+    average_P = flatten(from_numpy(weights), layout) if has_average else None
+    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P)
     return Checkpoint(state, recipe, catalogue, run, fingerprint)
 
 

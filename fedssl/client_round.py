@@ -256,11 +256,11 @@ def _shares(recipe: Recipe, batch: Batch, shard: Shard, users_U: NDArray[np.int6
     window = recipe.encoder.window
     if recipe.server.weighting == "positions":
         return batch.positions_U / (recipe.local.steps * recipe.local.windows * window)
-    has_work_U = (~batch.is_idle_U).numpy().astype(np.float64)
+    has_work_U: NDArray[np.float64] = (~batch.is_idle_U).numpy().astype(np.float64)
     if recipe.server.weighting == "windows":
         places_U = np.searchsorted(shard.users, users_U)
         positions_U = shard.events.training_ends[places_U] - shard.events.cuts[places_U] - 1
-        return has_work_U * np.ceil(positions_U.clip(1) / window).clip(max=MOST_WINDOWS) / MOST_WINDOWS
+        has_work_U *= np.minimum(np.ceil(positions_U.clip(1) / window), MOST_WINDOWS) / MOST_WINDOWS
     return has_work_U
 
 

@@ -147,6 +147,9 @@ class ServerConfig(Settings):
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant, or cosine decay to `floor` over the rounds")
     floor: float = Field(0.02, ge=0.0, le=1.0, description="cosine: the last round's share of lr")
     warmup: int = Field(0, ge=0, description="Rounds over which lr grows linearly from 0; 0: none")
+    average_from: int = Field(
+        0, ge=0, description="The model is the mean of the weights after this round and all later ones; training goes on from the last; 0: none"
+    )
 
     @model_validator(mode="after")
     def _decay_is_read(self) -> ServerConfig:
@@ -154,6 +157,8 @@ class ServerConfig(Settings):
             raise ValueError(f"weight_decay = {self.weight_decay:g} is read by adamw alone; set optimizer = 'adamw', or take it away")
         if self.lr * self.weight_decay > 1:
             raise ValueError(f"lr * weight_decay = {self.lr * self.weight_decay:g} shrinks weights beyond 0; keep weight_decay at most {1 / self.lr:g}")
+        if self.average_from > self.rounds:
+            raise ValueError(f"average_from = {self.average_from} comes after the last of {self.rounds} rounds; choose an earlier one, or 0 for no average")
         return self
 
 

@@ -100,6 +100,21 @@ def yogi(config: ServerConfig) -> ServerOptimizer:
     return ServerOptimizer(init, step)
 
 
+def average_late(config: ServerConfig, average: Tensor | None, weights: Tensor, round: int) -> Tensor | None:
+    """The mean of the weights after rounds ``average_from`` .. ``round``, from that of the round before; None until then.
+
+    A plain mean of the tail, which leaves out the early rounds and has no rate to choose; of all weightings of independent noise it is the one
+    with the least left. Sources: Polyak and Juditsky 1992, https://doi.org/10.1137/0330046; of the tail: Jain et al. 2018,
+    https://arxiv.org/abs/1610.03774. Under a plan it is made of what was released, and costs no epsilon.
+    """
+    if not config.average_from or round < config.average_from:
+        return None
+    if round == config.average_from:
+        return weights.clone()
+    assert average is not None, "a mean of late rounds begins at the first of them"
+    return torch.lerp(average, weights, 1 / (round - config.average_from + 1))
+
+
 def learning_rate(config: ServerConfig, round: int) -> float:
     """The server's step size in ``round`` (from 1): linear warm-up, then constant or cosine decay to ``floor``.
 

@@ -22,7 +22,7 @@ from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
 from fedssl.records import Ints, SparseSum, Upload
-from fedssl.server_optimizers import Memory, learning_rate
+from fedssl.server_optimizers import Memory, average_late, learning_rate
 from fedssl.weights import ITEMS, Weights, flatten, to_numpy, unflatten
 
 ROWS_AT_ONCE = 64
@@ -31,7 +31,11 @@ KEPT_SIGMAS = 3.0
 
 @dataclass(frozen=True)
 class State:
-    """Where a run stands: the round of ``phase`` that was last finished (0: none), and what was learned."""
+    """Where a run stands: the round of ``phase`` that was last finished (0: none), and what was learned.
+
+    ``average_P``: the mean of late rounds' weights, where the recipe asks for one and it has begun. Training goes on from
+    ``weights_P``; what is released is the mean.
+    """
 
     phase: str
     round: int
@@ -39,10 +43,15 @@ class State:
     memory: Memory
     counts: Counts | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
+    average_P: Tensor | None = None
 
     def weights(self, recipe: Recipe) -> Weights:
-        """Named views of the weights."""
+        """Named views of the weights that training goes on from."""
         return unflatten(self.weights_P, make_parts(recipe).layout)
+
+    def released(self, recipe: Recipe) -> Weights:
+        """Named views of the weights to evaluate and to use: the mean of late rounds where there is one."""
+        return unflatten(self.weights_P if self.average_P is None else self.average_P, make_parts(recipe).layout)
 
 
 @dataclass(frozen=True)
@@ -151,7 +160,7 @@ def _add_sparse(left: SparseSum, right: SparseSum) -> SparseSum:
 
 
 def finish_training(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:
-    """New weights from the round's sums.
+    """New weights from the round's sums, and the mean of late rounds' weights where the recipe asks for it.
 
     Under a plan the noised sum is divided by the EXPECTED cohort, whose size says nothing; an empty cohort is noise alone.
     Without one it is divided by the summed weights of those who came; a round in which nobody came changes nothing.
@@ -160,7 +169,6 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
     step = declared_sums(recipe, "training", num_weights=parts.layout.num_weights)["update"].step
     total = totals.get("update")
     noise = release.noise("update", parts.layout.num_weights)
-    after = replace(state, phase=release.phase, round=release.round)
     if noise is not None:
         assert release.plan is not None
         summed = noise if total is None else _dense(total) + noise
@@ -168,7 +176,7 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
     else:
         weight = int(_dense(totals["weight"])[0]) * WEIGHT_STEP if total is not None else 0.0
         if total is None or weight == 0.0:
-            return after
+            return _after(recipe, state, release, state.weights_P, state.memory)
         mean = _dense(total) * (step / weight)
     mean_P = torch.from_numpy(mean.astype(np.float32))
     # Row 0 is padding: it is never read, and noise must not move it.
@@ -178,7 +186,12 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
     weights_P, memory = parts.optimizer.step(state.weights_P, mean_P, state.memory, learning_rate(recipe.server, release.round), release.round)
     # Nor does decay, or whatever an optimiser does to weights that got no update.
     weights_P[padding] = state.weights_P[padding]
-    return replace(after, weights_P=weights_P, memory=memory)
+    return _after(recipe, state, release, weights_P, memory)
+
+
+def _after(recipe: Recipe, state: State, release: Release, weights_P: Tensor, memory: Memory) -> State:
+    average_P = average_late(recipe.server, state.average_P, weights_P, release.round)
+    return replace(state, phase=release.phase, round=release.round, weights_P=weights_P, memory=memory, average_P=average_P)
 
 
 def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:

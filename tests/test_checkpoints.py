@@ -62,9 +62,52 @@ def test_a_checkpoint_of_a_run_without_counts_has_none(tmp_path: Path):
     assert read_checkpoint(write_checkpoint(tmp_path, plain)).state.counts is None
 
 
+def averaged(rounds: int = 3) -> Checkpoint:
+    config = small_config({"counts": {}, "server": {"rounds": rounds, "average_from": 2}})
+    return Checkpoint(train(config, small_dataset())[0], recipe_of(config, small_dataset()), small_dataset().catalogue, "run", "print")
+
+
+def test_an_average_is_what_the_checkpoint_releases_and_the_weights_of_training_lie_beside(tmp_path: Path):
+    wrote = averaged()
+    target = write_checkpoint(tmp_path, wrote)
+    read = read_checkpoint(target).state
+    assert wrote.state.average_P is not None and read.average_P is not None
+    assert read.average_P.equal(wrote.state.average_P) and read.weights_P.equal(wrote.state.weights_P)
+    assert sorted(path.name for path in target.iterdir()) == sorted([*FILES, "training.safetensors"])
+    items = torch.from_numpy(load_file(target / "weights.safetensors")["items"])
+    assert items.equal(read.released(wrote.recipe)["items"]) and not items.equal(read.weights(wrote.recipe)["items"])
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_an_average_that_the_recipe_does_not_have_yet_or_lacks_is_refused(rounds: int, tmp_path: Path):
+    made = averaged()
+    state = made.state if rounds == 3 else replace(made.state, round=1, average_P=None)
+    target = write_checkpoint(tmp_path, replace(made, state=state))
+    assert read_checkpoint(target).state.round == rounds
+    shutil.copy(target / "weights.safetensors", target / "training.safetensors")
+    with_json("state.json", average=rounds == 1)(target)
+    with pytest.raises(CheckpointError, match="disagree on whether late rounds are averaged"):
+        read_checkpoint(target)
+
+
+def test_weights_of_training_that_are_missing_cut_or_of_another_shape_are_refused(tmp_path: Path):
+    target = write_checkpoint(tmp_path, averaged())
+    whole = (target / "training.safetensors").read_bytes()
+    cut("training.safetensors", 0.5)(target)
+    with pytest.raises(CheckpointError, match="cut short or changed"):
+        read_checkpoint(target)
+    (target / "training.safetensors").write_bytes(whole)
+    with_tensors("training.safetensors", lambda found: {**found, "items": found["items"][:-1].copy()})(target)
+    with pytest.raises(CheckpointError, match=r"training.safetensors: 'items' is"):
+        read_checkpoint(target)
+    (target / "training.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="training"):
+        read_checkpoint(target)
+
+
 def test_no_key_and_no_pickle_is_in_a_checkpoint(tmp_path: Path):
     target = write_checkpoint(tmp_path, trained())
-    assert json.loads((target / "state.json").read_text()).keys() == {"format", "phase", "round", "charged", "counts", "run", "fingerprint"}
+    assert json.loads((target / "state.json").read_text()).keys() == {"format", "phase", "round", "charged", "counts", "average", "run", "fingerprint"}
     assert not [path for path in target.iterdir() if path.suffix in (".pt", ".pkl", ".key", ".npy")]
 
 

@@ -3,17 +3,68 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from small import recipe_of, small_config, small_dataset, train
+from small import PLAN, recipe_of, small_config, small_dataset, train
 
-from fedssl.config import RunConfig
+from fedssl.config import RunConfig, ServerConfig, check
+from fedssl.errors import ConfigError
+from fedssl.parts import make_parts
+from fedssl.server_optimizers import average_late
 from fedssl.server_round import State, first_state
-from fedssl.weights import ITEMS
+from fedssl.weights import ITEMS, flatten
 
 FEW: dict[str, Any] = {"task": [{"name": "next-item", "negatives": 1}], "server": {"cohort": 2, "schedule": "constant"}}
+
+
+def states_of(config: RunConfig, folder: Path | None = None) -> list[State]:
+    """The state after each round."""
+    states: list[State] = []
+    train(config, small_dataset(), folder=folder, on_round=lambda state, facts: states.append(state))
+    return states
+
+
+@pytest.mark.parametrize("first", [1, 4, 7])
+@pytest.mark.parametrize("parts", [{}, {"server": {"sampling": "poisson", "cohort": 0.5}}, PLAN], ids=["passes", "rounds without users", "plan"])
+def test_the_average_is_the_mean_of_the_weights_after_late_rounds(parts: dict[str, Any], first: int, tmp_path: Path):
+    config = small_config({"server": {"rounds": 7, "average_from": first}}, parts)
+    states = states_of(config, tmp_path)
+    recipe = recipe_of(config, small_dataset())
+    for round, state in enumerate(states, start=1):
+        if round < first:
+            assert state.average_P is None and state.released(recipe)[ITEMS].equal(state.weights(recipe)[ITEMS])
+            continue
+        assert state.average_P is not None
+        late = torch.stack([one.weights_P.double() for one in states[first - 1 : round]])
+        torch.testing.assert_close(state.average_P.double(), late.mean(0), rtol=1e-6, atol=1e-7)
+        assert flatten(state.released(recipe), make_parts(recipe).layout).equal(state.average_P)
+    if first < 7:
+        assert not states[-1].weights_P.equal(states[-1].average_P)  # type: ignore[arg-type]
+
+
+def test_averaging_changes_nothing_of_the_training(tmp_path: Path):
+    plain, averaged = (states_of(small_config({"server": {"rounds": 5, "average_from": first}})) for first in (0, 2))
+    for one, other in zip(plain, averaged, strict=True):
+        assert one.weights_P.equal(other.weights_P) and all(one.memory[name].equal(other.memory[name]) for name in one.memory)
+    assert plain[-1].average_P is None
+
+
+def test_an_average_of_many_rounds_keeps_its_digits():
+    config = ServerConfig(rounds=3000, average_from=1)
+    rng = torch.Generator().manual_seed(0)
+    weights, average = torch.randn(3000, 20, generator=rng) + 5.0, None
+    for round, row in enumerate(weights, start=1):
+        average = average_late(config, average, row, round)
+    assert average is not None
+    torch.testing.assert_close(average.double(), weights.double().mean(0), rtol=1e-5, atol=0)
+
+
+def test_an_average_that_would_begin_after_the_end_is_refused():
+    with pytest.raises(ConfigError, match=r"average_from = 6 comes after the last of 5 rounds"):
+        check(ServerConfig, {"rounds": 5, "average_from": 6}, where="run.toml")
 
 
 def off_zero(config: RunConfig) -> State:

@@ -23,7 +23,7 @@ from fedssl.parts import initial_weights, make_parts
 from fedssl.privacy.keys import cohort_of_pass
 from fedssl.recipe import Recipe
 from fedssl.recommender import Recommender
-from fedssl.server_optimizers import learning_rate
+from fedssl.server_optimizers import average_late, learning_rate
 from fedssl.weights import ITEMS, Weights, flatten, unflatten
 
 
@@ -32,11 +32,12 @@ def train_centrally(recipe: Recipe, histories: Histories, *, on_step: Callable[[
 
     A batch holds one window of each of ``cohort`` users, every user once a pass; the loss is the mean over all positions of
     the batch; then one step of the recipe's optimiser. This is what central training of such a model is: no user is clipped,
-    rounded or weighed.
+    rounded or weighed. Late weights are averaged where the recipe averages late rounds.
     """
     parts = make_parts(recipe)
     local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0})
     flat_P = flatten(initial_weights(recipe), parts.layout)
+    average_P: Tensor | None = None
     memory = parts.optimizer.init(parts.layout.num_weights)
     users_a_batch = max(1, min(round(recipe.server.cohort), histories.num_users))
     began = time.perf_counter()
@@ -56,8 +57,9 @@ def train_centrally(recipe: Recipe, histories: Histories, *, on_step: Callable[[
         )
         update = {**{name: leaf[0] for name, leaf in trained.update.items()}, ITEMS: _all_rows(trained.items, trained.rows_UK, recipe.num_items)}
         flat_P, memory = parts.optimizer.step(flat_P, flatten(update, parts.layout), memory, learning_rate(recipe.server, step), step)
+        average_P = average_late(recipe.server, average_P, flat_P, step)
         on_step(step, float(trained.loss_U[0]))
-    return unflatten(flat_P, parts.layout), time.perf_counter() - began
+    return unflatten(flat_P if average_P is None else average_P, parts.layout), time.perf_counter() - began
 
 
 def _as_one_user(batch: Batch) -> Batch:

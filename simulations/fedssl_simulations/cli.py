@@ -145,7 +145,7 @@ def evaluate(
             f"{checkpoint}: trained on a catalogue of {found.catalogue.num_items} items, {config.data.path} has another one of "
             f"{dataset.catalogue.num_items}; give the data set it was trained on, or its catalogue as data.catalogue"
         )
-    model = Recommender(found.recipe, found.state.weights(found.recipe), found.state.counts)
+    model = Recommender(found.recipe, found.state.released(found.recipe), found.state.counts)
     _print_results({split: rank(model, dataset.histories, split, ks=config.evaluation.ks).summary()}, as_json)  # type: ignore[arg-type]
 
 

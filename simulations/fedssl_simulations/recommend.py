@@ -19,7 +19,7 @@ def recommend(checkpoint: Checkpoint, tokens: Sequence[str], *, k: int = 10, inc
     """
     catalogue = checkpoint.catalogue
     rows = np.array([catalogue.row(token) for token in tokens], dtype=np.int64)
-    model = Recommender(checkpoint.recipe, checkpoint.state.weights(checkpoint.recipe), checkpoint.state.counts)
+    model = Recommender(checkpoint.recipe, checkpoint.state.released(checkpoint.recipe), checkpoint.state.counts)
     scores = next(iter(model([rows], np.zeros(1, dtype=np.int64)).values()))[0].clone()
     scores[0] = -torch.inf
     if not include_seen:

@@ -166,7 +166,7 @@ def _simulate(
         validation = None
         is_last = facts.phase == phases[-1].name and facts.round == rounds[facts.phase]
         if facts.phase == "training" and config.evaluation.every and facts.round % config.evaluation.every == 0 and not is_last:
-            model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
+            model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
             validation = evaluate(model, histories, "validation", users=_sample(config, histories), ks=config.evaluation.ks).summary()
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
@@ -184,13 +184,13 @@ def _simulate(
     with InProcessGrid(handler_of(shards), nodes) as grid:
         state = run_rounds(grid, run, state, on_round=on_round, should_stop=should_stop, settled=lambda: settled, phases=phases)
     is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds)
-    model = Recommender(recipe, state.weights(recipe), state.counts, heads=heads_of(shards, recipe))
+    model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
     if not is_finished:
         save(state)
         return Run(folder, config, dataset, state, recipe, {}, model, False)
     report = make_report(folder, config, dataset, state, recipe, model)
     report["privacy"] = {**plan.statement(), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
-    contrast = contrast_facts(recipe, state.weights(recipe), histories)
+    contrast = contrast_facts(recipe, state.released(recipe), histories)
     if contrast is not None:
         report["contrast"] = contrast
     if plan is not None:

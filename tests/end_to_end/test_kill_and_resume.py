@@ -1,6 +1,6 @@
 """A run is killed (SIGKILL) at chosen points and at random moments, resumed, killed again, and ends with the same bytes.
 
-Everything is on: counts with noise, a clip, heads, dropout, Adam, two nodes, two workers, a checkpoint every second round. The
+Everything is on: counts with noise, a clip, heads, dropout, Adam, an average of late rounds, two nodes, two workers, a checkpoint every second round. The
 run is a forked child; there, and only there, one function is replaced by itself with a kill before, after or within.
 """
 
@@ -40,7 +40,7 @@ CONFIG = small_config(
         "counts": {"clip_norm": 1.0, "lags": 2},
         "head": {"name": "user-vector", "lr": 0.5},
         "local": {"steps": 2, "lr": 0.1},
-        "server": {"rounds": 6, "cohort": 8, "optimizer": "adam"},
+        "server": {"rounds": 6, "cohort": 8, "optimizer": "adam", "average_from": 3},
         "privacy": {"counts_noise_multiplier": 0.5},
         "system": {"shards": 2, "workers": 2, "users_per_chunk": 2, "checkpoint_every": 2},
     },
@@ -163,6 +163,7 @@ HISTORIES = [
     once("in a line of metrics", at(run_module, "append_line", 4, "", within=half_a_metric)),
     once("after a line of metrics", at(run_module, "append_line", 5, "after")),
     once("in a checkpoint, first file", at(checkpoints, "save_file", 4, "after")),
+    once("in a checkpoint with an average, between the model and the weights of training", at(checkpoints, "save_file", 7, "after")),
     once("in a checkpoint, before its rename", at(os, "rename", 2, "before", target=".new")),
     once("in a checkpoint, after its rename", at(os, "rename", 2, "after", target=".new")),
     once("before an old checkpoint is taken away", at(os, "rename", 1, "before", target=".old")),
@@ -272,7 +273,7 @@ def check_is_as_if_never_killed(folder: Path, reference: Reference) -> None:
 
 def test_the_reference_learned_something_in_every_part(never_killed: Reference):
     assert never_killed.learned.keys() == {
-        *(f"round-000006/{name}.safetensors" for name in ("counts", "optimizer", "weights")),
+        *(f"round-000006/{name}.safetensors" for name in ("counts", "optimizer", "training", "weights")),
         "node-000/user-vector.f32",
         "node-001/user-vector.f32",
     }

@@ -19,8 +19,10 @@ from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dat
 from fedssl.checkpoints import list_checkpoints, read_checkpoint
 from fedssl.config import RunConfig
 from fedssl.errors import BudgetSpent, CatalogueMismatch, RunFolderError
+from fedssl.evaluation import evaluate
 from fedssl.privacy import accounting
 from fedssl.privacy.ledger import Ledger
+from fedssl.recommender import Recommender
 
 CONFIG = small_config(
     {
@@ -229,6 +231,39 @@ def test_a_model_recommends_with_what_was_learned(whole: Run):
     scores = whole.model([small_dataset().histories.of(3)], np.array([3]))
     assert scores["score"].shape == (1, 37)
     assert scores.keys() == {"score", "encoder", "counts"}
+
+
+# ---- an average of late rounds ----
+
+AVERAGED = small_config({"server": {"rounds": 5, "average_from": 3, "schedule": "constant"}, "system": {"checkpoint_every": 2}, "evaluation": {"every": 2}})
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(AVERAGED, tmp_path_factory.mktemp("averaged") / "run")
+
+
+def test_what_a_run_reports_and_leaves_is_the_average(averaged: Run):
+    found = read_checkpoint(list_checkpoints(averaged.folder / "checkpoints")[-1])
+    mean, last = (Recommender(found.recipe, weights) for weights in (found.state.released(found.recipe), found.state.weights(found.recipe)))
+    of_run, of_mean, of_last = (evaluate(model, small_dataset().histories, "test").all["score"] for model in (averaged.model, mean, last))
+    assert np.array_equal(of_run, of_mean) and not np.array_equal(of_run, of_last)
+    assert averaged.report["test"] == evaluate(mean, small_dataset().histories, "test").summary()
+
+
+def test_validations_between_rounds_are_of_the_average_where_it_has_begun(averaged: Run, tmp_path: Path):
+    stopped = run(AVERAGED, tmp_path / "run", should_stop=stop_after(4))
+    (line,) = [line for line in read_lines(averaged.folder / "metrics.jsonl") if line["round"] == 4]
+    assert stopped.state.average_P is not None
+    assert line["validation"] == evaluate(stopped.model, small_dataset().histories, "validation").summary()
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 4])
+def test_stopped_before_or_within_its_average_a_run_ends_with_the_same_bytes(rounds: int, averaged: Run, tmp_path: Path):
+    run(AVERAGED, tmp_path / "run", should_stop=stop_after(rounds))
+    done = resume(tmp_path / "run", AVERAGED)
+    assert learned(done.folder) == learned(averaged.folder) and "round-000005/training.safetensors" in learned(done.folder)
+    assert done.report["test"] == averaged.report["test"]
 
 
 # ---- under a plan ----
