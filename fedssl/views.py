@@ -53,6 +53,21 @@ def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choi
     return np.where(chosen == 0, cropped, np.where(chosen == 1, masked, reordered))
 
 
+def hide(windows: Rows, keep: float, *, columns: Uniform, coin: Uniform) -> NDArray[np.bool_]:
+    """Which events a cloze hides: each with chance ``1 - keep``; the newest alone where ``coin`` (...,) is below 1/2.
+
+    At least one event is hidden and one is not: where chance hid none or all, the newest is hidden alone. Of fewer than two events none is.
+    """
+    is_event = windows > 0
+    is_hidden = is_event & (columns >= keep)
+    size, hidden = is_event.sum(-1), is_hidden.sum(-1)
+    is_newest_alone = (coin < 0.5) | (hidden == 0) | (hidden == size)
+    is_hidden[is_newest_alone] = False
+    is_hidden[..., -1] |= is_newest_alone
+    is_hidden &= (size > 1)[..., None]
+    return is_hidden
+
+
 def _share(length: NDArray[np.int64], keep: float) -> NDArray[np.int64]:
     """``keep`` of a length, rounded up; 0.07 of 100 is 7, though the product in floats is a little more."""
     share: NDArray[np.int64] = np.ceil(length * keep - 1e-9).astype(np.int64)

@@ -30,6 +30,7 @@ ITEMS_IN_ALL, D, WINDOW = 40, 8, 6
 BASE = (5, "training", 3)
 SEED = 11
 NEXT, SAMPLED = TaskConfig(name="next-item"), TaskConfig(name="next-item", negatives=12)
+CLOZE, SAMPLED_CLOZE = TaskConfig(name="masked-item", keep=0.5), TaskConfig(name="masked-item", keep=0.5, negatives=12)
 CONTRAST = TaskConfig(name="contrastive", weight=0.3, negatives=3, keep=0.5)
 HISTORIES = (
     [3, 1, 4, 1, 5],  # an item twice
@@ -92,10 +93,11 @@ def a_case(
     dropout: float = 0.0,
     histories: Sequence[Sequence[int]] = HISTORIES,
     blocks: int = 2,
+    encoder: str = "sasrec",
     **local: Any,
 ) -> Case:
-    encoder = EncoderConfig(width=D, window=WINDOW, hidden=12, heads=2, blocks=blocks, dropout=dropout)
-    config = RunConfig(encoder=encoder, task=tasks, local=LocalConfig(**{"lr": 0.1, **local}))
+    widths = EncoderConfig(name=encoder, width=D, window=WINDOW, hidden=12, heads=2, blocks=blocks, dropout=dropout)
+    config = RunConfig(encoder=widths, task=tasks, local=LocalConfig(**{"lr": 0.1, **local}))
     recipe = make_recipe(config, num_items=ITEMS_IN_ALL, catalogue="")
     rng = torch.Generator().manual_seed(1)
     # All weights off their first values, row 0 of the table too: zeros and ones would hide mistakes.
@@ -178,7 +180,22 @@ CASES: dict[str, dict[str, Any]] = {
     "contrast beside the full softmax": {"tasks": (NEXT, CONTRAST), "steps": 2},
     "no block": {"blocks": 0, "steps": 2},
     "everything": {"tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05, "proximal": 0.5},
+    "gru4rec": {"encoder": "gru4rec", "steps": 3, "blocks": 1},
+    "gru4rec, everything": {"encoder": "gru4rec", "tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05},
+    "bert4rec": {"encoder": "bert4rec", "tasks": (CLOZE,), "steps": 3, "windows": 2},
+    "bert4rec, everything": {
+        "encoder": "bert4rec",
+        "tasks": (SAMPLED_CLOZE, CONTRAST),
+        "head": True,
+        "dropout": 0.2,
+        "steps": 3,
+        "windows": 3,
+        "weight_decay": 0.05,
+    },
 }
+
+
+EVERYTHING = [name for name in CASES if name.endswith("everything")]
 
 
 @pytest.mark.usefixtures("double")
@@ -187,9 +204,9 @@ def test_training_equals_a_plain_loop_over_users(case: dict[str, Any]):
     assert_equals_the_loop(a_case(**case), 1e-10)
 
 
-@pytest.mark.parametrize("case", [CASES["three steps, full softmax"], CASES["everything"]], ids=["full", "everything"])
-def test_training_equals_a_plain_loop_over_users_in_float32(case: dict[str, Any]):
-    assert_equals_the_loop(a_case(**case), 1e-5)
+@pytest.mark.parametrize("name", ["three steps, full softmax", *EVERYTHING])
+def test_training_equals_a_plain_loop_over_users_in_float32(name: str):
+    assert_equals_the_loop(a_case(**CASES[name]), 1e-5)
 
 
 def assert_alike(alone: Trained, crowd: Trained, place: int, tolerance: float) -> None:
@@ -210,15 +227,16 @@ def test_a_user_trains_alike_alone_and_in_a_crowd(case: dict[str, Any]):
         assert_alike(setup.train([user]), crowd, place, 1e-12)
 
 
-def test_a_user_trains_alike_alone_and_in_a_crowd_in_float32():
-    setup = a_case(**CASES["everything"])
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_a_user_trains_alike_alone_and_in_a_crowd_in_float32(name: str):
+    setup = a_case(**CASES[name])
     crowd = setup.train(range(7))
     for user in (0, 1, 2, 6):
         assert_alike(setup.train([user]), crowd, user, 1e-6)
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("name", ["everything", "dropout", "contrast beside the full softmax"])
+@pytest.mark.parametrize("name", [*EVERYTHING, "dropout", "contrast beside the full softmax"])
 def test_more_padding_changes_nothing(name: str):
     setup = a_case(**{**CASES[name], "histories": HISTORIES[2:5]})
     batch = setup.batch([0, 1, 2])

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedssl import views
 from fedssl.config import TaskConfig
 from fedssl.tasks import Chance, Task, UsersModel, Views
 
@@ -20,21 +21,19 @@ from fedssl.tasks import Chance, Task, UsersModel, Views
 def masked_item(config: TaskConfig, *, num_items: int) -> Task:
     """Each event is hidden with chance ``1 - config.keep``; in half of the windows the newest alone is, for certain.
 
-    At least one event is hidden and one is read: where chance hid none or all, the newest is hidden and the others are read. So a
-    window of one event teaches nothing. ``config.negatives``: as in `next_item`.
+    At least one event is hidden and one is read (`fedssl.views.hide`), so a window of one event teaches nothing.
+    ``config.negatives``: as in `next_item`.
     """
 
     def draw(windows_USBL1: NDArray[np.int64], chance: Chance) -> Views:
         # The last column is read too: a mask takes its place, as it does behind a history.
         wide = replace(chance, window=chance.window + 1)
-        is_event = windows_USBL1 > 0
-        is_hidden = is_event & (wide.columns("hidden", *windows_USBL1.shape[1:]) >= config.keep)
-        size, hidden = is_event.sum(-1), is_hidden.sum(-1)
-        is_newest_alone = (chance.uniform("newest alone", *windows_USBL1.shape[1:3]) < 0.5) | (hidden == 0) | (hidden == size)
-        is_hidden[is_newest_alone] = False
-        is_hidden[..., -1] |= is_newest_alone
-        is_hidden &= (size > 1)[..., None]
-        sequences = {"read": np.where(is_hidden | (size < 2)[..., None], 0, windows_USBL1), "target": np.where(is_hidden, windows_USBL1, 0)}
+        is_hidden = views.hide(
+            windows_USBL1, config.keep, columns=wide.columns("hidden", *windows_USBL1.shape[1:]), coin=chance.uniform("newest alone", *windows_USBL1.shape[1:3])
+        )
+        # A window of one event is not read either: it asks nothing.
+        is_read = ~is_hidden & is_hidden.any(-1, keepdims=True)
+        sequences = {"read": np.where(is_read, windows_USBL1, 0), "target": np.where(is_hidden, windows_USBL1, 0)}
         if config.negatives == 0:
             return Views(sequences, ranks_all=True)
         return Views(sequences, candidates=1 + chance.integers("negatives", config.negatives, num_items))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from oracles.plain_encoders import bert4rec, gru4rec
 from torch import Tensor
 
 from fedssl import seeds
@@ -36,11 +37,21 @@ class One(NamedTuple):
     loss: float
 
 
-def encode(weights: Mapping[str, Tensor], table_ID: Tensor, rows_L: Tensor, config: EncoderConfig, masks_SLD: Tensor | None = None) -> Tensor:
-    """SASRec (pre-norm, positions from the right edge) over one window with an item first; gaps are not read. Shape: (L, D)."""
-    L, D, heads = len(rows_L), config.width, config.heads
-    assert rows_L[0] > 0
-    is_item_L = rows_L > 0
+def encode(
+    weights: Mapping[str, Tensor], table_ID: Tensor, rows_L: Tensor, config: EncoderConfig, masks_SLD: Tensor | None = None, hidden_L: Tensor | None = None
+) -> Tensor:
+    """The encoder that ``config`` names over one window with an event first; gaps are not read. ``hidden_L``: where a mask stands. Shape: (L, D)."""
+    is_there_L = rows_L > 0 if hidden_L is None else (rows_L > 0) | hidden_L
+    assert is_there_L[0]
+    vectors_LD = F.embedding(rows_L, table_ID)
+    if hidden_L is not None:
+        vectors_LD = torch.where(hidden_L[:, None], weights["mask"], vectors_LD)
+    return PLAIN[config.name](weights, vectors_LD, is_there_L, config, masks_SLD)
+
+
+def sasrec(weights: Mapping[str, Tensor], vectors_LD: Tensor, is_item_L: Tensor, config: EncoderConfig, masks_SLD: Tensor | None) -> Tensor:
+    """Pre-norm, positions from the right edge."""
+    L, D, heads = len(vectors_LD), config.width, config.heads
     drop = iter([] if masks_SLD is None else masks_SLD[:, -L:])
 
     def dropped(x_LD: Tensor) -> Tensor:
@@ -52,7 +63,7 @@ def encode(weights: Mapping[str, Tensor], table_ID: Tensor, rows_L: Tensor, conf
     def split(x_LD: Tensor) -> Tensor:
         return x_LD.view(L, heads, D // heads).transpose(0, 1)
 
-    x_LD = (F.embedding(rows_L, table_ID) * D**0.5 + weights["positions"][-L:]) * is_item_L[:, None]
+    x_LD = (vectors_LD * D**0.5 + weights["positions"][-L:]) * is_item_L[:, None]
     x_LD = dropped(x_LD)
     is_read_LL = torch.ones(L, L, dtype=torch.bool).tril() & is_item_L
     for block in range(config.blocks):
@@ -63,6 +74,9 @@ def encode(weights: Mapping[str, Tensor], table_ID: Tensor, rows_L: Tensor, conf
         wide_LF = F.relu(F.linear(norm(x_LD, name + "norm2"), weights[name + "up"].T, weights[name + "up.bias"]))
         x_LD = x_LD + dropped(F.linear(wide_LF, weights[name + "down"].T, weights[name + "down.bias"]))
     return norm(x_LD, "norm")
+
+
+PLAIN = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec}
 
 
 def train_one_user(
@@ -90,11 +104,18 @@ def train_one_user(
         for number, (config, views) in enumerate(zip(tasks, drawn, strict=True)):
             named = {name: torch.from_numpy(np.ascontiguousarray(rows[step])) for name, rows in views.sequences.items()}
             given = [masks(number, step, call) if masks is not None else None for call in range(len(CALLS[config.name]))]
-            hidden = {name: read(leaves, named[name], encoder, given[call]) for call, name in enumerate(CALLS[config.name])}
+            hidden_BL = named["target"] > 0 if config.name == "masked-item" else None
+            if config.name == "contrastive" and encoder.name == "bert4rec":
+                named = {name: F.pad(rows_BL, (0, 1)) for name, rows_BL in named.items()}
+                hidden_BL = torch.arange(next(iter(named.values())).shape[1]) == next(iter(named.values())).shape[1] - 1
+            hidden = {name: read(leaves, named[name], encoder, given[call], hidden_BL) for call, name in enumerate(CALLS[config.name])}
             if config.name == "contrastive":
                 loss = contrast(hidden, config)
             else:
                 targets = [rows_L[rows_L > 0] for rows_L in named["target"]]
+                if config.name == "masked-item":
+                    # Only what was hidden is asked; the loss below takes one hidden state a target.
+                    hidden["read"] = [h_LD[rows_L[-len(h_LD) :] > 0] for h_LD, rows_L in zip(hidden["read"], has_targets(named["target"]), strict=True)]
                 corrections = math.log((num_items - len(own)) / len(candidates)) if candidates else 0.0
                 loss = next_item(hidden["read"], targets, leaves[ITEMS], head, None if views.ranks_all else candidates, corrections)
             if loss is not None:
@@ -118,18 +139,25 @@ def train_one_user(
     return One(update, items_ID, head.detach() if head is not None else None, first_loss)
 
 
-CALLS = {"next-item": ("read",), "contrastive": ("left", "right", "invented")}
+CALLS = {"next-item": ("read",), "masked-item": ("read",), "contrastive": ("left", "right", "invented")}
 """What each task lets the encoder read, in this order."""
 
 
-def read(weights: Weights, rows_BL: Tensor, config: EncoderConfig, masks_SBLD: Tensor | None) -> list[Tensor]:
-    """Hidden states of each window from its oldest item on; windows without items are left out."""
+def read(weights: Weights, rows_BL: Tensor, config: EncoderConfig, masks_SBLD: Tensor | None, hidden_BL: Tensor | None = None) -> list[Tensor]:
+    """Hidden states of each window from its oldest event on; windows without items are left out."""
     hidden = []
     for window, rows_L in enumerate(rows_BL):
-        if rows_L[-1] > 0:
-            first = int((rows_L > 0).int().argmax())
-            hidden.append(encode(weights, weights[ITEMS], rows_L[first:], config, masks_SBLD[:, window] if masks_SBLD is not None else None))
+        if (rows_L > 0).any():
+            hidden_L = None if hidden_BL is None else hidden_BL.expand(rows_BL.shape)[window]
+            first = int(((rows_L > 0) if hidden_L is None else (rows_L > 0) | hidden_L).int().argmax())
+            masks_SLD = masks_SBLD[:, window] if masks_SBLD is not None else None
+            hidden.append(encode(weights, weights[ITEMS], rows_L[first:], config, masks_SLD, None if hidden_L is None else hidden_L[first:]))
     return hidden
+
+
+def has_targets(target_BL: Tensor) -> list[Tensor]:
+    """Those windows that hide an item."""
+    return [rows_L for rows_L in target_BL if (rows_L > 0).any()]
 
 
 def next_item(
@@ -171,7 +199,8 @@ def masks_of(base: tuple[str | int, ...], user: int, windows: Callable[[int, int
 
     ``windows(number, call)``: how many windows that call of that task reads.
     """
-    full = encoder.window * encoder.width
+    columns = encoder.window + (encoder.name == "bert4rec")
+    full = columns * encoder.width
     pool = _pool(seed, encoder.dropout)
 
     def masks(number: int, step: int, call: int) -> Tensor:
@@ -179,6 +208,6 @@ def masks_of(base: tuple[str | int, ...], user: int, windows: Callable[[int, int
         key = seeds.keys_of_users(seeds.key(*base, number, step, "dropout", call), np.array([user]))
         offsets = seeds.integers(key, sites * B, POOL - full)[0].tolist()
         slices = np.stack([pool[offset : offset + full] for offset in offsets])
-        return torch.from_numpy(slices).view(sites, B, encoder.window, encoder.width)
+        return torch.from_numpy(slices).view(sites, B, columns, encoder.width)
 
     return masks
