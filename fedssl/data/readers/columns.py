@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedssl.data.readers.blocks import BadLines
-from fedssl.data.readers.text import read_blocks
+from fedssl.data.readers.text import first_line, read_blocks
 from fedssl.errors import DataError
 
 USER_NAMES = ("user_id", "userid", "user", "uid", "reviewerid", "customer_id")
@@ -106,12 +106,11 @@ def read_columns(
 
 def read_header(path: Path, separator: str) -> list[str]:
     """The names in the first line. Raises DataError where it cannot be cut, or a name is empty."""
-    for numbers, lines in numbered_lines(path):
-        names = cut_line(lines[0], separator)
-        if isinstance(names, str) or not all(names):
-            raise DataError(f"{path}, line {numbers[0]}: wanted a header that names every column, not {lines[0][:60]!r}")
-        return names
-    raise DataError(f"{path}: the file holds blank lines only; wanted a header and one event a line")
+    line = first_line(path)
+    names = cut_line(line, separator)
+    if isinstance(names, str) or not all(names):
+        raise DataError(f"{path}: wanted a header that names every column, not {line[:60]!r}")
+    return names
 
 
 def _cut_all(lines: list[str], separator: str, width: int) -> list[list[str]] | None:
