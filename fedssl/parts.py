@@ -14,6 +14,7 @@ from fedssl.config import EncoderConfig, ServerConfig, TaskConfig
 from fedssl.encoders import Encoder
 from fedssl.encoders.bert4rec import bert4rec
 from fedssl.encoders.gru4rec import gru4rec
+from fedssl.encoders.hgrn import hgrn
 from fedssl.encoders.sasrec import sasrec
 from fedssl.errors import ConfigError
 from fedssl.recipe import Recipe
@@ -24,7 +25,7 @@ from fedssl.tasks.masked_item import masked_item
 from fedssl.tasks.next_item import next_item
 from fedssl.weights import ITEMS, Layout, Weights, layout_of
 
-ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec}
+ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec, "hgrn": hgrn}
 TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "contrastive": contrastive, "masked-item": masked_item}
 SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "yogi": yogi}
 

@@ -182,6 +182,8 @@ CASES: dict[str, dict[str, Any]] = {
     "everything": {"tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05, "proximal": 0.5},
     "gru4rec": {"encoder": "gru4rec", "steps": 3, "blocks": 1},
     "gru4rec, everything": {"encoder": "gru4rec", "tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05},
+    "hgrn": {"encoder": "hgrn", "steps": 3},
+    "hgrn, everything": {"encoder": "hgrn", "tasks": (SAMPLED, CONTRAST), "head": True, "dropout": 0.2, "steps": 3, "windows": 2, "weight_decay": 0.05},
     "bert4rec": {"encoder": "bert4rec", "tasks": (CLOZE,), "steps": 3, "windows": 2},
     "bert4rec, everything": {
         "encoder": "bert4rec",

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from oracles.plain_encoders import bert4rec, gru4rec
+from oracles.plain_encoders import bert4rec, gru4rec, hgrn
 from torch import Tensor
 
 from fedssl import seeds
@@ -76,7 +76,7 @@ def sasrec(weights: Mapping[str, Tensor], vectors_LD: Tensor, is_item_L: Tensor,
     return norm(x_LD, "norm")
 
 
-PLAIN = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec}
+PLAIN = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec, "hgrn": hgrn}
 
 
 def train_one_user(

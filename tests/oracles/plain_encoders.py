@@ -35,6 +35,26 @@ def gru4rec(weights: Leaves, vectors_LD: Tensor, is_there_L: Tensor, config: Enc
     return norm(state_LH @ weights["out"], weights, "norm")
 
 
+def hgrn(weights: Leaves, vectors_LD: Tensor, is_there_L: Tensor, config: EncoderConfig, masks_SLD: Tensor | None) -> Tensor:
+    """One event after the other; each block's state is a gated mean of what it read."""
+    drop = iter([] if masks_SLD is None else masks_SLD[:, -len(vectors_LD) :])
+
+    def dropped(x_LD: Tensor) -> Tensor:
+        return x_LD if masks_SLD is None else x_LD * next(drop)
+
+    x_LD = dropped(vectors_LD * config.width**0.5)
+    for block in range(config.blocks):
+        name = f"block{block}."
+        forget_LD, value_LD, gate_LD = (norm(x_LD, weights, name + "norm") @ weights[name + "in"] + weights[name + "in.bias"]).chunk(3, -1)
+        state, states = torch.zeros(config.width), []
+        for forget, value, is_there in zip(torch.sigmoid(forget_LD), value_LD, is_there_L, strict=True):
+            if is_there:
+                state = forget * state + (1 - forget) * value
+            states.append(state)
+        x_LD = x_LD + dropped((torch.stack(states) * F.silu(gate_LD)) @ weights[name + "out"])
+    return norm(x_LD, weights, "norm")
+
+
 def bert4rec(weights: Leaves, vectors_LD: Tensor, is_there_L: Tensor, config: EncoderConfig, masks_SLD: Tensor | None) -> Tensor:
     """torch's multi-head attention in both directions, pre-norm; positions from the right edge."""
     L, D = vectors_LD.shape
