@@ -56,11 +56,11 @@ class DataConfig(Settings):
 class EncoderConfig(Settings):
     """The sequence encoder, shared by all users."""
 
-    name: str = Field("sasrec", description="An encoder that ships (sasrec), or package.module:name")
+    name: str = Field("sasrec", description="An encoder that ships (sasrec, gru4rec, bert4rec, hgrn: `docs/encoders.md`), or package.module:name")
     width: int = Field(64, ge=1, description="Width D of item vectors and hidden states")
-    blocks: int = Field(2, ge=0, description="Transformer blocks")
-    heads: int = Field(2, ge=1, description="Attention heads; must divide width")
-    hidden: int = Field(128, ge=1, description="Width of the feed-forward layer")
+    blocks: int = Field(2, ge=0, description="Blocks; gru4rec: layers, 1 or more")
+    heads: int = Field(2, ge=1, description="sasrec, bert4rec: attention heads; must divide width")
+    hidden: int = Field(128, ge=1, description="sasrec, bert4rec: width of the feed-forward layer; gru4rec: of the state; hgrn has none")
     window: int = Field(50, ge=1, description="Positions L of one window: the newest events a prediction reads")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of activations zeroed in training; 0: none")
 
@@ -74,11 +74,18 @@ class EncoderConfig(Settings):
 class TaskConfig(Settings):
     """One pretext task. What a task does not use, it ignores; `docs/settings.md` says which reads what."""
 
-    name: str = Field(description="A task that ships (next-item, contrastive), or package.module:name")
+    name: str = Field(description="A task that ships (next-item; masked-item, for bert4rec; contrastive, for any encoder), or package.module:name")
     weight: float = Field(1.0, ge=0.0, description="Factor of this task's loss in the sum; 0: not computed")
-    negatives: int = Field(0, ge=0, description="next-item: drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories")
+    negatives: int = Field(
+        0, ge=0, description="next-item, masked-item: drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories"
+    )
     temperature: float = Field(0.5, gt=0.0, description="contrastive: divisor of cosine similarities")
-    keep: float = Field(0.6, gt=0.0, le=1.0, description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place")
+    keep: float = Field(
+        0.6,
+        gt=0.0,
+        le=1.0,
+        description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place. masked-item: chance that an event is read",
+    )
 
 
 class CountsConfig(Settings):

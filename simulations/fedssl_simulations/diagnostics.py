@@ -24,7 +24,7 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
     """Facts about the contrastive task of a recipe at these weights; None where the recipe names none.
 
     `nonzero_share`: users whose contrastive gradient is not 0. `gradient_ratio`: median over users of its norm over that of
-    the next item's, both at weight 1. `effective_rank`: of the encodings of full histories (exponential of the entropy of
+    the next item's (the masked item's, where the encoder reads both ways), both at weight 1. `effective_rank`: of the encodings of full histories (exponential of the entropy of
     their normalised singular values: Roy and Vetterli 2007, https://doi.org/10.5281/zenodo.40571), out of `width`.
     """
     contrast = next((task for task in recipe.task if task.name == "contrastive"), None)
@@ -32,11 +32,12 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
         return None
     count = min(USERS, histories.num_users)
     users = np.linspace(0, histories.num_users - 1, count).astype(np.int64)
-    next_item = next((task for task in recipe.task if task.name == "next-item"), TaskConfig(name="next-item"))
-    norms = {config.name: gradient_norms(recipe, weights, histories, users, config) for config in (contrast, next_item)}
+    name = "next-item" if make_parts(recipe).encoder.is_causal else "masked-item"
+    usual = next((task for task in recipe.task if task.name == name), TaskConfig(name=name))
+    norms = {config.name: gradient_norms(recipe, weights, histories, users, config) for config in (contrast, usual)}
     can_learn = histories.training_lengths[users] >= 1
-    ratio = norms[contrast.name] / np.maximum(norms[next_item.name], 1e-12)
-    has_both = norms[next_item.name] > 0
+    ratio = norms[contrast.name] / np.maximum(norms[usual.name], 1e-12)
+    has_both = norms[usual.name] > 0
     past = [histories.items[histories.cuts[user] : histories.training_ends[user]] for user in users]
     return {
         "form": FORM,

@@ -22,7 +22,7 @@ from fedssl_simulations.promise import Promise, promise
 from fedssl_simulations.tables import Recommender, best, metric_names, opened, recommenders
 
 _COLOURS = 6
-_ENCODERS = {"sasrec": "SASRec", "gru": "GRU", "bert4rec": "BERT4Rec"}
+_ENCODERS = {"sasrec": "SASRec", "gru4rec": "GRU4Rec", "bert4rec": "BERT4Rec", "hgrn": "HGRN"}
 
 
 @dataclass(frozen=True)
