@@ -24,8 +24,9 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
     """Facts about the contrastive task of a recipe at these weights; None where the recipe names none.
 
     `nonzero_share`: users whose contrastive gradient is not 0. `gradient_ratio`: median over users of its norm over that of
-    the next item's (the masked item's, where the encoder reads both ways), both at weight 1. `effective_rank`: of the encodings of full histories (exponential of the entropy of
-    their normalised singular values: Roy and Vetterli 2007, https://doi.org/10.5281/zenodo.40571), out of `width`.
+    the next item's (the masked item's, where the encoder reads both ways), both at weight 1. `effective_rank`: of the encodings of full
+    histories (exponential of the entropy of their normalised singular values: Roy and Vetterli 2007, https://doi.org/10.5281/zenodo.40571),
+    out of `width`.
     """
     contrast = next((task for task in recipe.task if task.name == "contrastive"), None)
     if contrast is None:
