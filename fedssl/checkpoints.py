@@ -42,11 +42,17 @@ class Checkpoint:
 
 def name_of(state: State) -> str:
     """The folder's name. Phases before training sort first."""
-    return f"round-{state.round if state.phase == 'training' else 0:06d}"
+    return name_of_round(state.round if state.phase == "training" else 0)
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> Path:
-    """Write a checkpoint into ``folder`` (a run's `checkpoints`), then remove all but the newest ``keep``.
+def name_of_round(round: int) -> str:
+    """The name of a training round's checkpoint; 0: of what came before training."""
+    return f"round-{round:06d}"
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, best: int = 0) -> Path:
+    """Write a checkpoint into ``folder`` (a run's `checkpoints`), then remove all but the newest ``keep`` and that of
+    training round ``best`` (0: none).
 
     Guarantee: killed at any moment, the folder has the old checkpoints whole, or the new one too, never half of one.
     """
@@ -85,7 +91,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1) -> 
     os.rename(beside, target)
     _sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        if old != target:
+        if old != target and not (best and old.name == name_of_round(best)):
             # Renamed first: a removal takes many steps, and what is half removed must not look like a checkpoint.
             gone = folder / f".{old.name}.old"
             os.rename(old, gone)

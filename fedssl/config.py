@@ -198,6 +198,20 @@ class EvaluationConfig(Settings):
     every: int = Field(0, ge=0, description="Rounds between validations; 0: only after the last round")
     users: int = Field(2000, ge=0, description="Users in a validation between rounds, a fixed random set; 0: all. The last one and the test always take all")
     ks: tuple[int, ...] = Field((5, 10), description="Cut-offs of HR and NDCG")
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Early stop: so many validations without a better NDCG@10 `unseen` end the run, and its model is that of the best one; "
+        "0: all rounds are run. Refused under a plan",
+    )
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_look_at(self) -> EvaluationConfig:
+        if self.patience and not self.every:
+            raise ValueError(f"patience = {self.patience} needs validations between rounds; set every, or patience = 0")
+        if self.patience and 10 not in self.ks:
+            raise ValueError(f"patience = {self.patience} looks at NDCG@10, and ks = {list(self.ks)} has no 10; add it")
+        return self
 
 
 class SystemConfig(Settings):
@@ -238,6 +252,11 @@ class RunConfig(Settings):
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")
             if self.server.weighting != "equal":
                 raise ValueError(f"[server] weighting = '{self.server.weighting}' lets a user weigh more than the clip; under a plan set weighting = 'equal'")
+            if self.evaluation.patience:
+                raise ValueError(
+                    "[evaluation] patience would stop where people's held-out events say so, and these are no sum that the plan accounts for; "
+                    "under a plan set patience = 0"
+                )
             if self.counts is not None and self.counts.clip_norm is None:
                 raise ValueError("[counts] has no clip_norm; under a plan every sum needs one")
             if self.counts is not None and self.privacy.epsilon is None and self.privacy.counts_noise_multiplier == 0:

@@ -121,6 +121,20 @@ def test_the_newest_are_kept(keep: int, tmp_path: Path):
     assert all(read_checkpoint(path).state.round == round for path, round in zip(list_checkpoints(tmp_path), rounds, strict=True))
 
 
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path):
+    for round, best in ((2, 0), (4, 4), (6, 4), (8, 4)):
+        write_checkpoint(tmp_path, at(round), best=best)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round-000004", "round-000008"]
+    write_checkpoint(tmp_path, at(10), best=10)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round-000010"]
+
+
+def test_no_best_keeps_nothing_of_the_counts(tmp_path: Path):
+    write_checkpoint(tmp_path, at(1, phase="counts"))
+    write_checkpoint(tmp_path, at(1), best=0)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["round-000001"]
+
+
 def test_a_checkpoint_before_training_comes_before_those_of_training(tmp_path: Path):
     write_checkpoint(tmp_path, at(1, phase="counts"), keep=2)
     write_checkpoint(tmp_path, at(1), keep=2)

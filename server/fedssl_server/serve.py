@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from fedssl.catalogue import read_catalogue
 from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
 from fedssl.config import RunConfig, check
-from fedssl.errors import CheckpointError, RunFolderError
+from fedssl.errors import CheckpointError, ConfigError, RunFolderError
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import Plan, make_plan
@@ -51,6 +51,8 @@ def serve(
     Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings.
     """
     config, catalogue = _read_settings(folder), read_catalogue(folder / "catalogue.jsonl")
+    if config.evaluation.patience:
+        raise ConfigError(f"{folder / 'run.toml'}: [evaluation] patience needs validations, which only a simulation makes yet; set patience = 0")
     recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash)
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)

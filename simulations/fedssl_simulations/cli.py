@@ -310,10 +310,13 @@ def _finish(run: Run, as_json: bool) -> None:
     broken = sum(line.get("researcher_only", line).get("broken_users", 0) for line in read_lines(run.folder / "metrics.jsonl"))
     if broken:
         typer.echo(f"warning: {broken} updates were broken (nan, inf, beyond the grid) and counted as zero; try a larger local.grid_step or a smaller local.lr")
-    cost = run.report["cost"]
+    cost, kept = run.report["cost"], run.report["model"]
+    if run.config.evaluation.patience:
+        stopped = f"stopped early after round {cost['rounds']} of {run.config.server.rounds}; " if kept["stopped_early"] else ""
+        typer.echo(f"{stopped}the model is that of round {kept['round']}, the best on validation")
     typer.echo(
         f"{cost['rounds']} rounds in {cost['seconds']:.0f} s, {cost['users_per_second']:.0f} users a second, "
-        f"peak {cost['peak_rss_bytes'] / 1e6:.0f} MB\ncheckpoint: {sorted((run.folder / 'checkpoints').glob('round-*'))[-1]}\nreport: {page}"
+        f"peak {cost['peak_rss_bytes'] / 1e6:.0f} MB\ncheckpoint: {run.folder / 'checkpoints' / kept['checkpoint']}\nreport: {page}"
     )
 
 

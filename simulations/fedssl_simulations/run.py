@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 import fedssl
 from fedssl import seeds
-from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from fedssl.checkpoints import Checkpoint, list_checkpoints, name_of, name_of_round, read_checkpoint, write_checkpoint
 from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
@@ -40,9 +40,10 @@ from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
 from fedssl.server_round import State, first_state, phases_of
 from fedssl_simulations.diagnostics import contrast_facts
+from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run_files import read_written_run, write_run
-from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, write_whole
+from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, sync, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +61,11 @@ class Progress:
 
 @dataclass(frozen=True)
 class Run:
-    """What a simulation leaves. ``is_finished`` is False where it was stopped and can be resumed."""
+    """What a simulation leaves. ``is_finished`` is False where it was stopped and can be resumed.
+
+    ``state``, ``model``, ``report`` and heads are those of the last round; of a finished run with `[evaluation] patience` of the
+    round whose validation was the best.
+    """
 
     folder: Path
     config: RunConfig
@@ -136,6 +141,8 @@ def _simulate(
             keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
         ledger.merge(state.charged)
     cut_back(folder / "metrics.jsonl", phase=state.phase, round=state.round, phases=[phase.name for phase in phases])
+    patience = config.evaluation.patience
+    seen = validations(read_lines(folder / "metrics.jsonl")) if patience else []
 
     shards = make_shards(dataset, config, folder / "heads")
     nodes: dict[int, dict[str, bool | float | int | str]] = {index + 1: {"partition-id": index} for index in shards}
@@ -144,11 +151,18 @@ def _simulate(
     rounds = {phase.name: phase.rounds for phase in phases}
     settled = state.round if state.phase == "training" else 0
     last_written = time.monotonic()
-    for shard in shards.values():
-        store = shard.heads(recipe)
-        if store is not None:
-            # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
-            store.begin(settled + 1, settled=settled)
+    if patience:
+        _check_best_is_here(folder, state, seen, patience, is_last=settled == rounds["training"])
+
+    def heads_settled() -> int:
+        # The run may end at the best round, so heads must find their way back to it.
+        return min(settled, best_round(seen) or settled)
+
+    def is_enough() -> bool:
+        return is_over(seen, patience) or should_stop()
+
+    # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
+    _take_back_heads(shards, recipe, after=settled, settled=heads_settled())
 
     def save(state: State) -> None:
         nonlocal settled, last_written
@@ -157,17 +171,24 @@ def _simulate(
                 store = shard.heads(recipe)
                 if store is not None:
                     store.flush()
+            if patience and state.phase == "training":
+                # A checkpoint that outlived its line would be the best round's, and nobody would know.
+                sync(folder / "metrics.jsonl")
             checkpoint = Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"])
-            write_checkpoint(folder / "checkpoints", checkpoint, keep=config.system.keep_checkpoints)
+            write_checkpoint(folder / "checkpoints", checkpoint, keep=config.system.keep_checkpoints, best=best_round(seen))
             settled = state.round if state.phase == "training" else 0
         last_written = time.monotonic()
 
     def on_round(state: State, facts: RoundFacts) -> None:
         validation = None
         is_last = facts.phase == phases[-1].name and facts.round == rounds[facts.phase]
-        if facts.phase == "training" and config.evaluation.every and facts.round % config.evaluation.every == 0 and not is_last:
+        every = config.evaluation.every if facts.phase == "training" else 0
+        # All users are validated after the last round; but rounds are compared by the same users.
+        if every and ((facts.round % every == 0 and not is_last) or (is_last and patience)):
             model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
             validation = evaluate(model, histories, "validation", users=_sample(config, histories), ks=config.evaluation.ks).summary()
+            if patience:
+                seen.append((facts.round, validation["unseen"]["ndcg@10"]))
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
             folder / "metrics.jsonl",
@@ -177,18 +198,29 @@ def _simulate(
             # A node that is not asked next time must not be noted down again.
             shard.notes = Notes()
         due = config.system.checkpoint_seconds and time.monotonic() - last_written >= config.system.checkpoint_seconds
-        if facts.phase != "training" or is_last or facts.round % config.system.checkpoint_every == 0 or due:
+        is_turn = validation is not None and (best_round(seen) == facts.round or is_over(seen, patience))
+        if facts.phase != "training" or is_last or is_turn or facts.round % config.system.checkpoint_every == 0 or due:
             save(state)
         on_progress(Progress(facts, rounds[facts.phase], validation, epsilon))
 
     with InProcessGrid(handler_of(shards), nodes) as grid:
-        state = run_rounds(grid, run, state, on_round=on_round, should_stop=should_stop, settled=lambda: settled, phases=phases)
-    is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds)
+        state = run_rounds(grid, run, state, on_round=on_round, should_stop=is_enough, settled=heads_settled, phases=phases)
+    is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds) or is_over(seen, patience)
+    rounds_run = state.round
+    if is_finished and seen and best_round(seen) != state.round:
+        state = read_checkpoint(folder / "checkpoints" / name_of_round(best_round(seen))).state
+        _take_back_heads(shards, recipe, after=state.round, settled=state.round)
     model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
     if not is_finished:
         save(state)
         return Run(folder, config, dataset, state, recipe, {}, model, False)
-    report = make_report(folder, config, dataset, state, recipe, model)
+    report = make_report(folder, config, dataset, rounds_run, recipe, model)
+    report["model"] = {
+        "checkpoint": name_of(state),
+        "round": state.round,
+        "average_from": recipe.server.average_from if state.average_P is not None else None,
+        "stopped_early": rounds_run < rounds["training"],
+    }
     report["privacy"] = {**plan.statement(), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
     contrast = contrast_facts(recipe, state.released(recipe), histories)
     if contrast is not None:
@@ -215,6 +247,14 @@ def make_shards(dataset: Dataset, config: RunConfig, heads: Path) -> dict[int, S
     return shards
 
 
+def _take_back_heads(shards: dict[int, Shard], recipe: Recipe, *, after: int, settled: int) -> None:
+    """Heads as they were after training round ``after``; the way back is kept from ``settled`` on."""
+    for shard in shards.values():
+        store = shard.heads(recipe)
+        if store is not None:
+            store.begin(after + 1, settled=settled)
+
+
 def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.int64]], NDArray[np.float32]] | None:
     """A look-up of users' heads over all shards; None where the recipe has none."""
     if recipe.head.name == "none":
@@ -232,7 +272,7 @@ def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.i
     return read
 
 
-def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State, recipe: Recipe, model: Recommender) -> dict[str, Any]:
+def make_report(folder: Path, config: RunConfig, dataset: Dataset, rounds: int, recipe: Recipe, model: Recommender) -> dict[str, Any]:
     """report.json of a finished run: test and validation over all users, groups, cost."""
     histories = dataset.histories
     ranks: dict[str, Ranks] = {split: evaluate(model, histories, split, ks=config.evaluation.ks) for split in ("test", "validation")}
@@ -252,7 +292,7 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, state: State,
         "validation": ranks["validation"].summary(),
         "groups": ranks["test"].groups(histories),
         "cost": {
-            "rounds": state.round,
+            "rounds": rounds,
             "users_trained": trained,
             "seconds": seconds,
             "users_per_second": trained / seconds if seconds else 0.0,
@@ -269,6 +309,15 @@ def _check_same_data(folder: Path, about: dict[str, Any], dataset: Dataset) -> N
         raise CatalogueMismatch(f"{folder}: the run was made with another catalogue; resume with the data set it began with")
     if about and about["fingerprint"] != dataset.histories.fingerprint:
         raise RunFolderError(f"{folder}: the histories have changed since this run began; resume with the data set it began with, or start a new run")
+
+
+def _check_best_is_here(folder: Path, state: State, seen: Validations, patience: int, *, is_last: bool) -> None:
+    """A run whose patience was changed after it began may have nothing to go back to, or have gone back already."""
+    best = best_round(seen)
+    if best and not (folder / "checkpoints" / name_of_round(best)).exists():
+        raise RunFolderError(f"{folder}: its best round {best} has no checkpoint; was patience set after it began? Set it back, or start a new run")
+    if (folder / "report.json").exists() and not is_last and not is_over(seen, patience):
+        raise RunFolderError(f"{folder}: this run ended after round {state.round}, and is now at its best, {best}; start a new one for more patience")
 
 
 def _last_state(folder: Path, recipe: Recipe, dataset: Dataset) -> State | None:

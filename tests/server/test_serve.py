@@ -98,6 +98,14 @@ def test_settings_that_changed_since_the_checkpoint_are_refused(tmp_path: Path):
         play(folder)
 
 
+def test_patience_is_refused_where_nobody_validates(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    with (folder / "run.toml").open("a") as file:
+        file.write("[evaluation]\nevery = 1\npatience = 2\n")
+    with pytest.raises(ConfigError, match=r"run.toml: \[evaluation\] patience needs validations, which only a simulation makes yet"):
+        play(folder)
+
+
 def test_a_folder_without_settings_is_no_run(tmp_path: Path):
     with pytest.raises(RunFolderError, match=r"run.toml: cannot be read"):
         play(tmp_path)

@@ -17,8 +17,8 @@ from fedssl_simulations.run_folder import claim, read_lines
 from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
 
 from fedssl.checkpoints import list_checkpoints, read_checkpoint
-from fedssl.config import RunConfig
-from fedssl.errors import BudgetSpent, CatalogueMismatch, RunFolderError
+from fedssl.config import RunConfig, check
+from fedssl.errors import BudgetSpent, CatalogueMismatch, ConfigError, RunFolderError
 from fedssl.evaluation import evaluate
 from fedssl.privacy import accounting
 from fedssl.privacy.ledger import Ledger
@@ -266,6 +266,128 @@ def test_stopped_before_or_within_its_average_a_run_ends_with_the_same_bytes(rou
     assert done.report["test"] == averaged.report["test"]
 
 
+# ---- early stop ----
+
+# Its validations are best after round 4, and the third that is no better follows round 10.
+PATIENT = small_config(
+    {
+        "counts": {"lags": 2},
+        "head": {"name": "user-vector", "lr": 0.5},
+        "server": {"rounds": 12, "schedule": "constant", "lr": 0.1},
+        "system": {"shards": 2, "checkpoint_every": 3},
+        "evaluation": {"every": 2, "patience": 3},
+    }
+)
+
+
+def with_evaluation(config: RunConfig, **values: Any) -> RunConfig:
+    return small_config(config.model_dump(), {"evaluation": {**config.evaluation.model_dump(), **values}})
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """All that a run learned, and its best checkpoint too."""
+    return learned(folder) | {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted((folder / "checkpoints").glob("*/*.safetensors"))}
+
+
+@pytest.fixture(scope="module")
+def patient(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(PATIENT, tmp_path_factory.mktemp("patient") / "run")
+
+
+def test_a_run_stops_when_its_patience_ends_and_is_that_of_its_best_round(patient: Run, tmp_path: Path):
+    lines = read_lines(patient.folder / "metrics.jsonl")
+    seen = [(line["round"], line["validation"]["unseen"]["ndcg@10"]) for line in lines if "validation" in line]
+    assert [round for round, _ in seen] == [2, 4, 6, 8, 10] and max(seen, key=lambda pair: pair[1])[0] == 4 and lines[-1]["round"] == 10
+    assert patient.is_finished and patient.state.round == 4
+    assert patient.report["model"] == {"checkpoint": "round-000004", "round": 4, "average_from": None, "stopped_early": True}
+    assert patient.report["cost"]["rounds"] == 10 and patient.report["cost"]["users_trained"] == 10 * 12
+    assert [path.name for path in list_checkpoints(patient.folder / "checkpoints")] == ["round-000004", "round-000010"]
+    # A run of four rounds, whose step sizes are the same: weights, counts, heads, and what is reported of them.
+    short = run(small_config(PATIENT.model_dump(), {"server": {"rounds": 4}, "evaluation": {"every": 0, "patience": 0}}), tmp_path / "short")
+    for name, raw in learned(short.folder).items():
+        assert kept(patient.folder)[name] == raw
+    assert {name: patient.report[name] for name in ("test", "validation", "groups")} == {name: short.report[name] for name in ("test", "validation", "groups")}
+
+
+def assert_is_as_if_never_stopped(done: Run, reference: Run) -> None:
+    assert done.is_finished and kept(done.folder) == kept(reference.folder)
+    assert without_seconds(read_lines(done.folder / "metrics.jsonl")) == without_seconds(read_lines(reference.folder / "metrics.jsonl"))
+    assert done.report["model"] == reference.report["model"] and done.report["test"] == reference.report["test"]
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 4, 5, 8, 10])
+def test_stopped_and_resumed_a_run_stops_early_after_the_same_round(rounds: int, patient: Run, tmp_path: Path):
+    stopped = run(PATIENT, tmp_path / "run", should_stop=stop_after(rounds))
+    assert not stopped.is_finished
+    assert_is_as_if_never_stopped(resume(tmp_path / "run", PATIENT), patient)
+
+
+@pytest.mark.parametrize("round", [2, 4, 5, 8, 9, 10])
+def test_after_a_crash_a_run_stops_early_after_the_same_round(round: int, patient: Run, tmp_path: Path):
+    with pytest.raises(Crash):
+        run(PATIENT, tmp_path / "run", on_progress=crash_at(round))
+    assert_is_as_if_never_stopped(resume(tmp_path / "run", PATIENT), patient)
+
+
+def test_a_run_that_stopped_early_trains_no_more_and_reports_again(patient: Run, tmp_path: Path):
+    shutil.copytree(patient.folder, tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    again = resume(tmp_path / "run", PATIENT, should_stop=lambda: pytest.fail("it is over"))
+    assert_is_as_if_never_stopped(again, patient)
+
+
+def test_with_patience_to_the_end_the_model_is_still_that_of_the_best_round(tmp_path: Path):
+    done = run(with_evaluation(PATIENT, patience=20), tmp_path / "run")
+    assert done.report["model"] == {"checkpoint": "round-000004", "round": 4, "average_from": None, "stopped_early": False}
+    assert [line["round"] for line in read_lines(done.folder / "metrics.jsonl") if "validation" in line] == [2, 4, 6, 8, 10, 12]
+    assert done.report["cost"]["rounds"] == 12
+
+
+def test_the_last_round_is_validated_too_where_it_may_be_the_best(tmp_path: Path):
+    config = small_config(PATIENT.model_dump(), {"server": {"rounds": 4}, "evaluation": {"every": 3}})
+    done = run(config, tmp_path / "run")
+    assert [line["round"] for line in read_lines(done.folder / "metrics.jsonl") if "validation" in line] == [3, 4]
+    assert done.report["model"]["round"] == 4 and not done.report["model"]["stopped_early"]
+
+
+def test_an_average_and_patience_go_together(tmp_path: Path):
+    config = small_config(PATIENT.model_dump(), {"server": {"average_from": 3}})
+    done = run(config, tmp_path / "run")
+    found = read_checkpoint(done.folder / "checkpoints" / done.report["model"]["checkpoint"])
+    assert done.report["model"]["average_from"] == 3 and found.state.average_P is not None and done.state.average_P is not None
+    assert done.state.average_P.equal(found.state.average_P)
+    with pytest.raises(Crash):
+        run(config, tmp_path / "crashed", on_progress=crash_at(5))
+    assert_is_as_if_never_stopped(resume(tmp_path / "crashed", config), done)
+
+
+def test_patience_that_was_set_after_the_best_round_is_refused(tmp_path: Path):
+    run(with_evaluation(PATIENT, patience=0), tmp_path / "run", should_stop=stop_after(9))
+    changed(tmp_path / "run", "patience = 0", "patience = 3")
+    with pytest.raises(RunFolderError, match="its best round 4 has no checkpoint; was patience set after it began"):
+        resume(tmp_path / "run", PATIENT)
+
+
+def test_more_patience_for_a_run_that_went_back_to_its_best_round_is_refused(patient: Run, tmp_path: Path):
+    shutil.copytree(patient.folder, tmp_path / "run")
+    changed(tmp_path / "run", "patience = 3", "patience = 4")
+    with pytest.raises(RunFolderError, match="ended after round 10, and is now at its best, 4; start a new one"):
+        resume(tmp_path / "run", PATIENT)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"evaluation": {"patience": 2}}, r"\[evaluation\] patience = 2 needs validations between rounds; set every"),
+        ({"evaluation": {"patience": 2, "every": 1, "ks": [5]}}, r"looks at NDCG@10, and ks = \[5\] has no 10"),
+        ({**PLAN, "evaluation": {"patience": 2, "every": 1}}, r"\[evaluation\] patience would stop where people's held-out events say so.*under a plan set"),
+    ],
+)
+def test_patience_without_anything_to_look_at_or_under_a_plan_is_refused(values: dict[str, Any], words: str):
+    with pytest.raises(ConfigError, match=words):
+        check(RunConfig, values, where="run.toml")
+
+
 # ---- under a plan ----
 
 
@@ -290,7 +412,7 @@ def test_under_a_plan_a_line_tells_nothing_that_was_not_released(private: Run):
 
 def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(private: Run):
     report = json.loads((private.folder / "report.json").read_text())
-    assert public(report).keys() == {"data", "cost", "privacy"}
+    assert public(report).keys() == {"data", "cost", "privacy", "model"}
     assert report["researcher_only"].keys() == {"test", "validation", "groups"}
     assert report["cost"]["users_trained"] == 3 * 12
     # The size of the model, whoever was asked and whatever their histories are.
