@@ -7,6 +7,7 @@ Amazon's metadata, a JSON object a line (2014: a Python dictionary a line).
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def _amazon(path: Path, key_names: Sequence[str], bad: BadLines) -> Iterator[tup
 
 def _literal(line: str) -> dict[str, Any] | None:
     try:
-        found = ast.literal_eval(line)
+        with warnings.catch_warnings(action="ignore"):
+            found = ast.literal_eval(line)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
