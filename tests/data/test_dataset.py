@@ -46,6 +46,23 @@ def test_an_item_file_of_other_items_is_refused(tmp_path):
         load_dataset(config(tmp_path, items=write(tmp_path, "item_id:token\tname:token\nboat\tA boat\n", "items")))
 
 
+def test_attributes_of_users_stay_beside_the_histories_and_out_of_the_catalogue(tmp_path):
+    people = write(tmp_path, "user_id:token\tage:float\nben\t30\nzoe\t4\nanna\t\n", "people")
+    dataset = load_dataset(config(tmp_path, users=people))
+    assert dataset.user_attributes == {"anna": {}, "ben": {"age": "30"}}
+    assert dataset.catalogue == load_dataset(config(tmp_path)).catalogue
+    write_dataset(dataset, tmp_path / "store")
+    assert open_dataset(tmp_path / "store").user_attributes == dataset.user_attributes
+    # A side file named for a store counts, as it does for a file.
+    newer = write(tmp_path, "user,age\nben,31\n", "newer.csv")
+    assert load_dataset(DataConfig(path=str(tmp_path / "store"), min_events=1, users=newer)).user_attributes == {"ben": {"age": "31"}}
+    with pytest.raises(DataError, match="names no user of the data; users here are like 'anna', there like 'zoe'"):
+        load_dataset(config(tmp_path, users=write(tmp_path, "user,age\nzoe,31\n", "others.csv")))
+    (tmp_path / "store" / "users.jsonl").write_text('{"user": "ben"}\n')
+    with pytest.raises(DataError, match=r"users\.jsonl: damaged"):
+        open_dataset(tmp_path / "store")
+
+
 def test_a_public_catalogue_fixes_rows_and_refuses_items_it_does_not_list(tmp_path):
     write_catalogue(Catalogue(("stove", "rope", "boat", "lamp", "tent"), {"rope": "Rope\u2028of two lines"}), tmp_path / "c.jsonl")
     dataset = load_dataset(config(tmp_path, catalogue=str(tmp_path / "c.jsonl")))

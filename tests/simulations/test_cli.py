@@ -183,6 +183,29 @@ def test_a_store_gives_the_run_of_its_file(tiny: Path, tmp_path: Path):
     assert (tmp_path / "run" / "checkpoints" / "round-000003" / "weights.safetensors").read_bytes() == (checkpoint(tiny) / "weights.safetensors").read_bytes()
 
 
+def test_describe_and_convert_count_bad_lines_and_find_columns_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [f"{who},{what},{when}" for who in ("ann", "ben", "eve") for when, what in enumerate("abcd")]
+    (tmp_path / "data.csv").write_text("\n".join(["who,what,when", *rows[:3], "broken", *rows[3:]]))
+    words = (tmp_path / "data.csv", "--min-events", "1")
+    assert fedssl("data", "describe", *words) == 1
+    assert "it could be csv: set [data] format, and [data] columns" in capsys.readouterr().err
+    words = (*words, "--columns", "who,what,when")
+    assert fedssl("data", "describe", *words) == 1
+    assert "data.csv, line 5: 1 fields where the header has 3" in capsys.readouterr().err
+    assert fedssl("data", "describe", *words, "--skip-bad-lines", "--split", "global-time", "--validation-from", "2", "--test-from", "3", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["bad_lines"], facts["events"], facts["training"]["events"], facts["test"]["users"]) == (1, 12, 6, 3)
+    assert facts["test"]["cold_items"] == 3
+    assert fedssl("data", "describe", *words, "--split", "sideways") == 1
+    assert "split = 'sideways'" in capsys.readouterr().err
+    (tmp_path / "people.csv").write_text("user_id,age\nann,30\nzoe,4\n")
+    assert fedssl("data", "convert", *words[:1], tmp_path / "store", *words[1:], "--skip-bad-lines", "--users", tmp_path / "people.csv") == 0
+    said = capsys.readouterr()
+    assert "3 users, 4 items, 12 events" in said.out
+    assert "passed over 1 lines that cannot be read; the first: " in said.err
+    assert (tmp_path / "store" / "users.jsonl").read_text() == '{"user": "ann", "attributes": {"age": "30"}}\n'
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(tiny: Path, tmp_path: Path):
     words = [sys.executable, "-m", "fedssl_simulations.cli", "simulate"]
     settings = ["--set", "server.rounds=100000", "--set", "system.checkpoint_every=100000"]
