@@ -164,10 +164,17 @@ def _summary(run: Run) -> str:
         return ""
     tasks = [str(task.get("name")) for task in run.config.get("task") or [] if task.get("weight", 1)]
     counts = " and item-to-item counts" if run.config.get("counts") else ""
-    rounds = f", over {server['rounds']:,} rounds of about {server['cohort']:g} users" if {"rounds", "cohort"} <= server.keys() else ""
+    model, planned = run.report.get("model") or {}, server.get("rounds")
+    done = (run.report.get("cost") or {}).get("rounds", planned)
+    rounds = f", over {done:,} rounds of about {server['cohort']:g} users" if {"rounds", "cohort"} <= server.keys() else ""
+    kept = f" Training was stopped early, of {planned:,} planned rounds." if model.get("stopped_early") and planned else ""
+    if model.get("round", done) != done:
+        kept += f" What is reported is the model after round {model['round']:,}, the best on validation."
+    if model.get("average_from"):
+        kept += f" Its weights are the mean of those after rounds {model['average_from']:,} to {model['round']:,}."
     task = f" by {_and(tasks)}" if tasks else ""
     name = _ENCODERS.get(str(encoder["name"]), str(encoder["name"]))
-    return f"One {name} encoder{counts}, learned{task} from histories that stay with their users{rounds}."
+    return f"One {name} encoder{counts}, learned{task} from histories that stay with their users{rounds}.{kept}"
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ run is a forked child; there, and only there, one function is replaced by itself
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from fedssl_simulations.run_folder import read_lines
 from small import KEYS, PLAN, learned, small_config, small_dataset
 
 from fedssl import checkpoints, client_round, server_round
+from fedssl.config import RunConfig
 from fedssl.heads import store as heads_store
 from fedssl.privacy import clipping, ledger
 from fedssl.privacy.plan import make_plan
@@ -190,14 +192,15 @@ HISTORIES = [
 # ---- a run in a child of its own ----
 
 
-def play(folder: Path) -> None:
+def play(folder: Path, config: RunConfig) -> None:
+    dataset, keys = small_dataset(users=USERS), KEYS if config.privacy.has_plan else None
     if (folder / "run.toml").exists():
-        simulate(resume=folder, dataset=small_dataset(users=USERS), keys=KEYS)
+        simulate(resume=folder, dataset=dataset, keys=keys)
     else:
-        simulate(CONFIG, out=folder, dataset=small_dataset(users=USERS), keys=KEYS)
+        simulate(config, out=folder, dataset=dataset, keys=keys)
 
 
-def start(folder: Path, sabotage: Sabotage | None = None) -> int:
+def start(folder: Path, sabotage: Sabotage | None = None, config: RunConfig = CONFIG) -> int:
     """Begin the run or go on with it, in a forked child; its process number."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -210,7 +213,7 @@ def start(folder: Path, sabotage: Sabotage | None = None) -> int:
         os.fsync = lambda descriptor: None  # type: ignore[assignment]
         if sabotage is not None:
             sabotage()
-        play(folder)
+        play(folder, config)
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -309,3 +312,81 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(
         print(f" {kills} kills ", end="")
     assert kills >= 1
     check_is_as_if_never_killed(tmp_path / "run", never_killed)
+
+
+# ---- a run that stops early ----
+
+# Validations after every second round: best after round 4, over after round 10.
+PATIENT = small_config(
+    {
+        "counts": {"lags": 2},
+        "head": {"name": "user-vector", "lr": 0.5},
+        "server": {"rounds": 12, "cohort": 8, "schedule": "constant", "lr": 0.2},
+        "system": {"shards": 2, "users_per_chunk": 2, "checkpoint_every": 3},
+        "evaluation": {"every": 2, "patience": 3},
+    }
+)
+# A line for the counts and ten for rounds; two nodes that change heads once a round, then one head at a time on the way back.
+LINES, HEADS = 11, 20
+EARLY = [
+    once("between the best round's line and its checkpoint", at(run_module, "append_line", 5, "after")),
+    once("in the best round's checkpoint", at(checkpoints, "save_file", 11, "after")),
+    once("before the line that ends it", at(run_module, "append_line", LINES, "before")),
+    once("between the line that ends it and the last checkpoint", at(run_module, "append_line", LINES, "after")),
+    once("before it goes back to its best round", at(run_module, "read_checkpoint", 1, "before")),
+    once("while heads go back", in_heads(HEADS + 3, "after")),
+    once("while heads go back, twice", in_heads(HEADS + 3, "after"), in_heads(5, "before")),
+    once("before the journal forgets that heads went back", at(os, "replace", 6, "before", target="journal")),
+    once("before the report", at(os, "replace", 1, "before", target="report.json")),
+    once("after the best round, before and after the end", at(run_module, "append_line", 7, "after"), at(run_module, "append_line", 6, "after")),
+]
+
+
+class Early(NamedTuple):
+    learned: dict[str, bytes]
+    metrics: list[dict[str, Any]]
+    model: dict[str, Any]
+    seconds: float
+
+
+def early_of(folder: Path, seconds: float = 0.0) -> Early:
+    """All that is left of a run that stopped early, both its checkpoints included."""
+    files = {f"{path.parent.name}/{path.name}": path.read_bytes() for path in sorted((folder / "checkpoints").glob("*/*.safetensors"))}
+    return Early(learned(folder) | files, metrics_of(folder), json.loads((folder / "report.json").read_text())["model"], seconds)
+
+
+@pytest.fixture(scope="module")
+def never_killed_early(tmp_path_factory: pytest.TempPathFactory) -> Early:
+    folder = tmp_path_factory.mktemp("never-killed") / "run"
+    begun = time.monotonic()
+    assert wait(start(folder, config=PATIENT)) == 0
+    found = early_of(folder, time.monotonic() - begun)
+    assert found.model["round"] == 4 and found.model["stopped_early"] and len(found.metrics) == LINES
+    assert {name.split("/")[0] for name in found.learned} == {"round-000004", "round-000010", "node-000", "node-001"}
+    return found
+
+
+def check_stops_as_if_never_killed(folder: Path, reference: Early) -> None:
+    assert wait(start(folder, config=PATIENT)) == 0
+    found = early_of(folder)
+    assert [name for name in {*found.learned, *reference.learned} if found.learned.get(name) != reference.learned.get(name)] == []
+    assert (found.metrics, found.model) == (reference.metrics, reference.model)
+
+
+@pytest.mark.parametrize("history", EARLY, ids=lambda history: history.name)
+def test_killed_at_a_chosen_point_and_resumed_it_stops_after_the_same_round_with_the_same_bytes(history: Kills, never_killed_early: Early, tmp_path: Path):
+    for point in history.points:
+        assert wait(start(tmp_path / "run", point, PATIENT)) == -signal.SIGKILL, "the point was never reached"
+    check_stops_as_if_never_killed(tmp_path / "run", never_killed_early)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_and_resumed_it_stops_after_the_same_round(seed: int, never_killed_early: Early, tmp_path: Path):
+    chance, kills = random.Random(seed), 0
+    for _ in range(4):
+        child = start(tmp_path / "run", config=PATIENT)
+        time.sleep(chance.random() * 0.6 * never_killed_early.seconds)
+        os.kill(child, signal.SIGKILL)
+        kills += wait(child) == -signal.SIGKILL
+    assert kills >= 1
+    check_stops_as_if_never_killed(tmp_path / "run", never_killed_early)

@@ -157,12 +157,22 @@ def test_missing_parts_are_left_out(tmp_path):
     assert "<h2>Cost" not in only_lines
     only_config = page(folder(tmp_path / "b", config=CONFIG))
     assert "One SASRec encoder, learned by next-item" in only_config
+
     assert "Over the rounds" not in only_config
     only_report = page(folder(tmp_path / "c", report={"cost": {"rounds": 3}}))
     assert "<h2>Cost" in only_report
     assert "<h2>Settings" not in only_report
     for text in (only_lines, only_config, only_report):
         parsed(text)
+
+
+def test_the_page_says_which_rounds_the_model_is_of(tmp_path):
+    plain = page(folder(tmp_path / "plain", config=CONFIG, report={**MEASURED, **COST, "model": {"round": 12, "stopped_early": False, "average_from": None}}))
+    assert "over 12 rounds of about 25 users." in plain and "the best on validation" not in plain and "the mean of" not in plain
+    config = {**CONFIG, "server": {"rounds": 900, "cohort": 25.0}}
+    stopped = page(folder(tmp_path / "stopped", config=config, report={**MEASURED, **COST, "model": {"round": 8, "stopped_early": True, "average_from": 5}}))
+    assert "over 12 rounds of about 25 users. Training was stopped early, of 900 planned rounds." in stopped
+    assert "What is reported is the model after round 8, the best on validation. Its weights are the mean of those after rounds 5 to 8." in stopped
 
 
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
