@@ -1,11 +1,14 @@
 """The ClientApp of a node: a thin door without torch. It hands a Download to a child process and brings its Upload back.
 
-The folder with the person's data comes from the node's own config (``flower-supernode --node-config 'store="DIR"'``),
-never from the run config: that one the server writes. What a failure says to the server names no history and no path.
+The folder with the person's data comes from the node's own config (``flower-supernode --node-config 'store="DIR"'``). Flower's
+simulation runtime writes that config itself, with a ``partition-id`` and no more; its nodes find ``node-<partition-id>`` in the
+folder that ``FEDSSL_STORES`` of their environment names. Never from the run config: that one the server writes. What a
+failure says to the server names no history and no path.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -61,9 +64,14 @@ def run_trainer(download: bytes, store: str, *, seconds: float) -> bytes:
 
 
 def _store(context: Context) -> str:
-    store = context.node_config.get("store")
+    store, partition, folder = context.node_config.get("store"), context.node_config.get("partition-id"), os.environ.get("FEDSSL_STORES", "")
+    if store is None and folder and type(partition) is int:
+        return str(Path(folder) / f"node-{partition}")
     if not isinstance(store, str) or not store:
-        raise ConfigError("this node's config names no store; start it with --node-config 'store=\"DIR\"'")
+        raise ConfigError(
+            "this node's config names no store; start it with --node-config 'store=\"DIR\"', "
+            "or under Flower's simulation runtime with FEDSSL_STORES=DIR in its environment, where DIR has node-0, node-1, ..."
+        )
     return store
 
 

@@ -44,9 +44,11 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def ask(content: RecordDict, kind: str, store: object, ttl: float = 60.0) -> Message:
+def ask(content: RecordDict, kind: str, store: object, ttl: float = 60.0, **more: bool | float | int | str) -> Message:
     """One message through the ClientApp, as a SuperNode would bring it."""
-    config: dict[str, bool | float | int | str] = {} if store is None else {"store": str(store)}
+    config: dict[str, bool | float | int | str] = {name.replace("_", "-"): value for name, value in more.items()}
+    if store is not None:
+        config["store"] = str(store)
     with InProcessGrid(door.app, {7: config}, run_config={"store": "a server must not choose this"}) as grid:
         (reply,) = grid.send_and_receive([grid.create_message(content, kind, 7, "1", ttl)])
     return reply
@@ -77,6 +79,27 @@ def test_the_store_comes_from_the_node_and_never_from_the_run():
     for kind, content in (("query.hello", RecordDict()), ("train", wire.to_record_dict(download_of(recipe_of())))):
         reply = ask(content, kind, None)
         assert str(reply.error.reason).startswith("ConfigError on the node")
+
+
+def test_under_flowers_simulation_runtime_the_environment_and_the_partition_name_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_shard(tmp_path / "node-0", HISTORIES, np.array([0]))
+    write_shard(tmp_path / "node-1", HISTORIES, np.array([1]))
+    monkeypatch.setenv("FEDSSL_STORES", str(tmp_path))
+    for partition in (0, 1):
+        hello = wire.hello_from_record_dict(ask(RecordDict(), "query.hello", None, partition_id=partition).content)
+        assert hello.users.tolist() == [partition]
+    # A store in the node's own config comes first, also one that is not there.
+    hello = wire.hello_from_record_dict(ask(RecordDict(), "query.hello", tmp_path / "node-1", partition_id=0).content)
+    assert hello.users.tolist() == [1]
+    assert ask(RecordDict(), "query.hello", "", partition_id=0).error.reason.startswith("ConfigError")
+    # No partition, or one that is no number, names no folder.
+    assert ask(RecordDict(), "query.hello", None).error.reason.startswith("ConfigError")
+    assert ask(RecordDict(), "query.hello", None, partition_id="../node-1").error.reason.startswith("ConfigError")
+
+
+def test_a_partition_alone_names_no_store(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("FEDSSL_STORES", raising=False)
+    assert ask(RecordDict(), "query.hello", None, partition_id=0).error.reason.startswith("ConfigError")
 
 
 def test_a_failure_that_concerns_the_owner_names_no_path(tmp_path: Path):
