@@ -108,7 +108,7 @@ def each_alone(
     weights = initial_weights(recipe)
     best: tuple[float, dict[str, Ranks], float] | None = None
     for lr in lrs:
-        local = recipe.local.model_copy(update={"steps": steps, "lr": lr, "windows": 1})
+        local = recipe.local.model_copy(update={"steps": steps, "lr": lr, "windows": 1, "proximal": 0.0})
 
         def alone(past: Sequence[NDArray[np.int32]], mine: NDArray[np.int64], local: Any = local) -> Tensor:
             scores = []

@@ -1,11 +1,11 @@
-"""Central training follows the recipe's late rounds too."""
+"""Training without federation: centrally, with the recipe's late rounds, and each user alone."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from fedssl_simulations.central import train_centrally
+from fedssl_simulations.central import each_alone, train_centrally
 from small import recipe_of, small_config, small_dataset
 
 from fedssl.parts import make_parts
@@ -21,3 +21,12 @@ def test_where_the_recipe_averages_late_rounds_central_training_averages_late_ba
     second, third, mean = trained(rounds=2), trained(rounds=3), trained(rounds=3, average_from=2)
     assert not torch.equal(second, third)
     torch.testing.assert_close(mean, (second + third) / 2)
+
+
+def test_who_trains_alone_is_pulled_to_nobody():
+    found = []
+    for proximal in (0.0, 0.5):
+        recipe = recipe_of(small_config({"local": {"steps": 3, "proximal": proximal}}), small_dataset())
+        ranks, _ = each_alone(recipe, small_dataset().histories, users=4, steps=3)
+        found.append(ranks["validation"].all["score"].tolist())
+    assert found[0] == found[1]
