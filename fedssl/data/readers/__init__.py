@@ -114,7 +114,7 @@ def find_format(path: Path, columns: Sequence[str] = ()) -> str:
     """
     if _first_bytes(path) == MAGIC:
         return "parquet"
-    lines = first_block(path)
+    lines = first_block(path, is_text=True)
     sure = [name for name, format in FORMATS.items() if (format.has_columns or not columns) and format.is_surely(lines, columns)]
     if len(sure) == 1:
         return sure[0]

@@ -46,17 +46,21 @@ def first_line(path: Path) -> str:
     return first_block(path)[0]
 
 
-def first_block(path: Path) -> list[str]:
+def first_block(path: Path, *, is_text: bool = False) -> list[str]:
     """The lines of the first block that has any that are not blank, without those that are, for a look at what the file is.
 
-    A line that is not UTF-8 is left out too. Raises DataError as `read_blocks` does, and where all lines are blank.
+    A line that is not UTF-8 is left out too, or, where ``is_text`` and it is the very first, refused. Raises DataError as `read_blocks`
+    does, and where all lines are blank.
     """
     bad = BadLines(path, skip=True)
-    for _, lines in read_blocks(path, bad):
+    for first, lines in read_blocks(path, bad):
+        if is_text and first == 1 and bad.first.startswith(f"{path}, line 1:"):
+            break
         if lines := [line for line in lines if line]:
             return lines
-    reason = f"no line is text in UTF-8 ({bad.first})" if bad.count else "the file holds blank lines only"
-    raise DataError(f"{path}: {reason}; wanted one event or one user a line")
+    if bad.count:
+        raise DataError(bad.first)
+    raise DataError(f"{path}: the file holds blank lines only; wanted one event or one user a line")
 
 
 def _read_bytes(path: Path) -> Iterator[bytes]:

@@ -199,6 +199,14 @@ def test_pairs_and_lines_are_told_apart_by_a_user_who_comes_twice(tmp_path):
     assert events_of(read_interactions(once, "lines")) == events_of(read_interactions(once, "pairs"))
 
 
+def test_a_binary_file_is_said_to_be_no_text(tmp_path):
+    with pytest.raises(DataError, match=r"data, line 1: byte 0xff is not UTF-8"):
+        read_interactions(write(tmp_path, b"\xff\xfe\x00 elf\n1 2\n1 3\n"))
+    # Named, such a line is bad like others.
+    found = read_interactions(tmp_path / "data", "pairs", skip_bad_lines=True)
+    assert (found.num_events, found.bad_lines) == (2, 1)
+
+
 def test_csv_hides_commas_and_quotes_in_quotes_and_tsv_does_not(tmp_path):
     assert events_of(read_interactions(write(tmp_path, 'user,item\nann,"a ""b"", c"\n'))) == [("ann", 'a "b", c', None)]
     assert events_of(read_interactions(write(tmp_path, 'user\titem\nann\t"a\n'))) == [("ann", '"a', None)]
