@@ -27,8 +27,8 @@ import fedssl_server
 
 from fedssl.errors import FedSSLError
 
-# The folder that `flwr run` packs; it stands beside the package in a checkout.
-FLOWER_APP = Path(fedssl_server.__file__).parent.parent / "flower_app"
+# The folder that `flwr run` packs; it ships inside the package.
+FLOWER_APP = Path(fedssl_server.__file__).parent / "flower_app"
 _CONNECTION = "trial"
 
 
@@ -57,7 +57,7 @@ class Federation:
     def run(self, *, seconds: float = 300.0, app: Path = FLOWER_APP) -> Outcome:
         """Submit the app and wait for its end. Raises FedSSLError when it is refused, a process dies, or time is up."""
         if not (app / "pyproject.toml").exists():
-            raise FedSSLError(f"{app}: no Flower app there; run from a checkout of fedssl, where it is server/flower_app")
+            raise FedSSLError(f"{app}: no Flower app there; it ships inside the package fedssl_server, so install fedssl again")
         start = time.monotonic()
         answer = self._flwr("run", str(app), _CONNECTION, "--format", "json")
         run_id = str(answer.get("run-id", ""))
