@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -27,7 +28,8 @@ class Dataset:
 
     ``dropped``: users, items and events that the filter took away. ``bad_lines``: lines of the file that were passed over because they
     could not be read; ``first_bad``: file, line and reason of the first. ``user_attributes``: what a side file says of users, by token;
-    it is for a probe alone, and no model, catalogue or record sees it.
+    it is for a probe alone, and no model, catalogue or record sees it. ``fewest``: events of any user, and of any item that occurs, where a
+    store knows them.
     """
 
     histories: Histories
@@ -37,6 +39,7 @@ class Dataset:
     bad_lines: int = 0
     first_bad: str = ""
     user_attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    fewest: tuple[int, int] | None = None
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -49,16 +52,23 @@ def load_dataset(config: DataConfig) -> Dataset:
     if path.is_dir():
         dataset = open_dataset(path)
         _check_is_core(dataset, config.min_events)
-        if config.catalogue and _public(config).hash != dataset.catalogue.hash:
+        public = public_catalogue(config)
+        if public is not None and public.hash != dataset.catalogue.hash:
             raise CatalogueMismatch(f"{path}: the store speaks of another catalogue than {config.catalogue}; convert the data again with that catalogue")
         dataset = replace(dataset, histories=hold_out(dataset.histories, config, str(path)))
     else:
         dataset = make_dataset(read_interactions(path, config.format, columns=config.columns, skip_bad_lines=config.skip_bad_lines), config)
+    dataset = add_side_files(dataset, config)
+    check_has_targets(dataset.histories, str(path))
+    return dataset
+
+
+def add_side_files(dataset: Dataset, config: DataConfig) -> Dataset:
+    """The data set with what the side files of ``config`` say of its items and users. Raises DataError for files of others."""
     if config.items:
         dataset = replace(dataset, catalogue=_describe_items(dataset.catalogue, config.items))
     if config.users:
         dataset = replace(dataset, user_attributes=_describe_users(dataset.histories.names, config.users))
-    check_has_targets(dataset.histories, str(path))
     return dataset
 
 
@@ -68,12 +78,8 @@ def make_dataset(interactions: Interactions, config: DataConfig) -> Dataset:
     Raises DataError where the filter leaves nothing, or the split cannot be made.
     """
     kept = k_core(interactions, config.min_events)
-    if not kept.num_events:
-        raise DataError(
-            f"{config.path or 'the interactions'}: none of the {interactions.num_events} events is left where users and items need "
-            f"[data] min_events = {config.min_events}; lower it"
-        )
-    histories, catalogue = make_histories(kept, _public(config) if config.catalogue else None)
+    refuse_empty(kept.num_events, interactions.num_events, config)
+    histories, catalogue = make_histories(kept, public_catalogue(config))
     dropped = {
         "users": len(interactions.user_tokens) - len(kept.user_tokens),
         "items": len(interactions.item_tokens) - len(kept.item_tokens),
@@ -81,6 +87,18 @@ def make_dataset(interactions: Interactions, config: DataConfig) -> Dataset:
     }
     histories = hold_out(histories, config, config.path or "the interactions")
     return Dataset(histories, catalogue, config.path, dropped, interactions.bad_lines, interactions.first_bad)
+
+
+def refuse_empty(left: int, of: int, config: DataConfig) -> None:
+    """Raise DataError where the filter left no event."""
+    if not left:
+        where = config.path or "the interactions"
+        raise DataError(f"{where}: none of the {of} events is left where users and items need [data] min_events = {config.min_events}; lower it")
+
+
+def public_catalogue(config: DataConfig) -> Catalogue | None:
+    """The catalogue that `[data] catalogue` names, or None."""
+    return read_catalogue(find_path(config.catalogue)) if config.catalogue else None
 
 
 def write_dataset(dataset: Dataset, folder: Path) -> None:
@@ -91,27 +109,39 @@ def write_dataset(dataset: Dataset, folder: Path) -> None:
     """
     with written_beside(folder) as beside:
         put_histories(dataset.histories, beside)
-        write_catalogue(dataset.catalogue, beside / "catalogue.jsonl")
-        if dataset.user_attributes:
-            _write_users(dataset.user_attributes, beside / "users.jsonl")
-        about = {
-            "format": DATASET_FORMAT,
-            "catalogue": dataset.catalogue.hash,
-            "dropped": dict(dataset.dropped),
-            "bad_lines": dataset.bad_lines,
-            "first_bad": dataset.first_bad,
-        }
-        (beside / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        put_rest(dataset, beside, _fewest(dataset.histories))
 
 
-def open_dataset(folder: Path) -> Dataset:
-    """A data set memory-mapped from a store. Raises DataError for a folder that is no store, damaged, or of a newer format."""
+def put_rest(dataset: Dataset, folder: Path, fewest: tuple[int, int]) -> None:
+    """Write what a store holds beside its histories. ``fewest``: events of any user, and of any item that occurs."""
+    write_catalogue(dataset.catalogue, folder / "catalogue.jsonl")
+    if dataset.user_attributes:
+        _write_users(dataset.user_attributes, folder / "users.jsonl")
+    about = {
+        "format": DATASET_FORMAT,
+        "catalogue": dataset.catalogue.hash,
+        "dropped": dict(dataset.dropped),
+        "bad_lines": dataset.bad_lines,
+        "first_bad": dataset.first_bad,
+        "fewest": list(fewest),
+    }
+    (folder / "dataset.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def open_dataset(folder: Path, *, verify: Literal["sample", "whole"] = "sample") -> Dataset:
+    """A data set memory-mapped from a store: a million users open in well under a second, and names are read when asked for.
+
+    ``verify`` as in `open_histories`; whole also looks at every row. Raises DataError for a folder that is no store, damaged, or of a
+    newer format.
+    """
     about = read_about(folder, "dataset.json", DATASET_FORMAT)
-    histories = open_histories(folder)
+    histories = open_histories(folder, verify=verify)
     catalogue = read_catalogue(folder / "catalogue.jsonl")
     if catalogue.hash != about.get("catalogue"):
         raise DataError(f"{folder}/catalogue.jsonl: not the catalogue that was written with the histories; make the store again with `fedssl data convert`")
-    if histories.num_events and not (histories.items.min() >= 1 and histories.items.max() <= catalogue.num_items):
+    fewest = about.get("fewest")
+    is_old = not (isinstance(fewest, list) and len(fewest) == 2 and all(isinstance(number, int) for number in fewest))
+    if (verify == "whole" or is_old) and histories.num_events and not (histories.items.min() >= 1 and histories.items.max() <= catalogue.num_items):
         raise DataError(f"{folder}: histories name rows outside the catalogue's 1 to {catalogue.num_items}; make the store again with `fedssl data convert`")
     dropped, bad_lines = about.get("dropped"), about.get("bad_lines")
     return Dataset(
@@ -122,11 +152,8 @@ def open_dataset(folder: Path) -> Dataset:
         bad_lines if isinstance(bad_lines, int) else 0,
         str(about.get("first_bad", "")),
         _read_users(folder / "users.jsonl") if (folder / "users.jsonl").exists() else {},
+        None if is_old or fewest is None else (fewest[0], fewest[1]),
     )
-
-
-def _public(config: DataConfig) -> Catalogue:
-    return read_catalogue(find_path(config.catalogue))
 
 
 def _describe_items(catalogue: Catalogue, path: str) -> Catalogue:
@@ -166,12 +193,15 @@ def _read_users(path: Path) -> dict[str, dict[str, str]]:
 
 
 def _check_is_core(dataset: Dataset, min_events: int) -> None:
-    histories = dataset.histories
-    fewest_of_user = int(histories.lengths.min(initial=min_events))
-    met = np.bincount(histories.items, minlength=1)
-    fewest_of_item = int(met[met > 0].min(initial=min_events))
-    if min(fewest_of_user, fewest_of_item) < min_events:
+    of_user, of_item = dataset.fewest or _fewest(dataset.histories)
+    if min(of_user, of_item) < min_events:
         raise DataError(
-            f"{dataset.path}: the store has users with {fewest_of_user} and items with {fewest_of_item} events, [data] min_events asks for {min_events}; "
-            f"set min_events = {max(1, min(fewest_of_user, fewest_of_item))}, or convert the data again"
+            f"{dataset.path}: the store has users with {of_user} and items with {of_item} events, [data] min_events asks for {min_events}; "
+            f"set min_events = {max(1, min(of_user, of_item))}, or convert the data again"
         )
+
+
+def _fewest(histories: Histories) -> tuple[int, int]:
+    """Events of any user, and of any item that occurs; reads all items."""
+    met = np.bincount(histories.items, minlength=1)
+    return int(histories.lengths.min(initial=histories.num_events)), int(met[met > 0].min(initial=histories.num_events))

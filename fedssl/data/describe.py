@@ -37,7 +37,7 @@ def describe(source: Dataset | DataConfig | str | Path) -> dict[str, Any]:
       them) and cold_users (of these users, those without a training event);
     - unseen_users: users who begin after the test does, so that there is nothing to read and they have no target (0 with leave-one-out).
 
-    A path is read with the defaults of `[data]`; a folder is opened as a store. Raises DataError as `load_dataset` does, but for data
+    A path is read with the defaults of `[data]`; a folder is opened as a store, all of it verified. Raises DataError as `load_dataset` does, but for data
     where nobody has a target.
     """
     out_of_order = None
@@ -47,7 +47,7 @@ def describe(source: Dataset | DataConfig | str | Path) -> dict[str, Any]:
         config = source if isinstance(source, DataConfig) else DataConfig(path=str(source))
         path = find_path(config.path)
         if path.is_dir():
-            dataset = open_dataset(path)
+            dataset = open_dataset(path, verify="whole")
             dataset = replace(dataset, histories=hold_out(dataset.histories, config, str(path)))
         else:
             interactions = read_interactions(path, config.format, columns=config.columns, skip_bad_lines=config.skip_bad_lines)

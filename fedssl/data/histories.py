@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +26,9 @@ from fedssl.errors import CatalogueMismatch, DataError
 
 STORE_FORMAT = 2
 """2: with a split by time. A store without one is written as format 1."""
+
+SAMPLED_PAGES, PAGE_BYTES = 256, 4096
+"""What `open_histories` reads of a longer column by itself: so many pages, evenly spread; a column of up to 1 MiB is read whole."""
 
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "items": np.dtype("<i4"),
@@ -133,17 +136,34 @@ class Histories:
         return self.training_ends - self.cuts[:-1]
 
     @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 over items and cuts, in hexadecimal: equal fingerprints mean equal histories on every machine.
+    def fingerprint_of_events(self) -> str:
+        """SHA-256 over items and cuts, in hexadecimal, whatever the split. Of a store that was opened it is the written one."""
+        return fingerprint_of([self.items], self.cuts)
 
-        With a split by time also over where training ends.
-        """
-        digest = hashlib.sha256(f"histories {self.num_users} {self.num_events}\n".encode())
-        digest.update(np.ascontiguousarray(self.items, dtype="<i4").data)
-        digest.update(np.ascontiguousarray(self.cuts, dtype="<i8").data)
-        if self.held_from is not None:
-            digest.update(np.ascontiguousarray(self.training_ends, dtype="<i8").data)
-        return digest.hexdigest()
+    @property
+    def fingerprint(self) -> str:
+        """That of the events, and with a split by time also of where training ends: equal fingerprints mean equal histories on every machine."""
+        if self.held_from is None:
+            return self.fingerprint_of_events
+        ends = np.ascontiguousarray(self.training_ends, dtype="<i8")
+        return hashlib.sha256(self.fingerprint_of_events.encode() + ends.tobytes()).hexdigest()
+
+
+def fingerprint_of(pieces: Iterable[NDArray[np.int32]], cuts: NDArray[np.int64]) -> str:
+    """`Histories.fingerprint_of_events` of items that come in pieces."""
+    digest = hashlib.sha256(f"histories {len(cuts) - 1} {cuts[-1]}\n".encode())
+    for piece in pieces:
+        digest.update(np.ascontiguousarray(piece, dtype="<i4").data)
+    digest.update(np.ascontiguousarray(cuts, dtype="<i8").data)
+    return digest.hexdigest()
+
+
+def split_by(histories: Histories, held_from: HeldFrom | None) -> Histories:
+    """The same events with another split. The fingerprint of events that is known stays known."""
+    other = replace(histories, held_from=held_from)
+    if "fingerprint_of_events" in histories.__dict__:
+        other.__dict__["fingerprint_of_events"] = histories.fingerprint_of_events
+    return other
 
 
 def make_histories(interactions: Interactions, catalogue: Catalogue | None = None) -> tuple[Histories, Catalogue]:
@@ -168,12 +188,7 @@ def make_histories(interactions: Interactions, catalogue: Catalogue | None = Non
         catalogue = Catalogue(tuple(interactions.item_tokens[code] for code in by_appearance.tolist()))
     row_of_code = np.array([catalogue.rows.get(token, 0) for token in interactions.item_tokens], dtype=np.int32)
     items = row_of_code[codes]
-    if len(items) and items.min() == 0:
-        unknown = np.unique(codes[items == 0])
-        raise CatalogueMismatch(
-            f"item {interactions.item_tokens[unknown[0]]!r} (and {len(unknown) - 1} more) of the histories is not in the catalogue of "
-            f"{catalogue.num_items} items; give a catalogue that lists them, or leave [data] catalogue empty"
-        )
+    refuse_unknown(interactions.item_tokens, np.unique(codes[items == 0]), catalogue)
     histories = Histories(
         items=items,
         cuts=np.concatenate([[0], np.cumsum(np.bincount(users, minlength=len(by_text)))]).astype(np.int64),
@@ -181,6 +196,15 @@ def make_histories(interactions: Interactions, catalogue: Catalogue | None = Non
         names=tuple(interactions.user_tokens[code] for code in by_text),
     )
     return histories, catalogue
+
+
+def refuse_unknown(item_tokens: Sequence[str], unknown: NDArray[np.int64], catalogue: Catalogue) -> None:
+    """Raise CatalogueMismatch, naming the first, where there are codes of items that the catalogue does not list."""
+    if len(unknown):
+        raise CatalogueMismatch(
+            f"item {item_tokens[unknown[0]]!r} (and {len(unknown) - 1} more) of the histories is not in the catalogue of "
+            f"{catalogue.num_items} items; give a catalogue that lists them, or leave [data] catalogue empty"
+        )
 
 
 def take_users(histories: Histories, users: NDArray[np.int64]) -> Histories:
@@ -226,16 +250,24 @@ def put_histories(histories: Histories, folder: Path) -> None:
     for name, column in columns.items():
         if column is not None:
             np.save(folder / f"{name}.npy", np.ascontiguousarray(column, dtype=_COLUMNS[name]))
+    put_about(histories, folder)
+
+
+def put_about(histories: Histories, folder: Path) -> None:
+    """Write `histories.json` beside columns that are already there."""
     about: dict[str, Any] = {} if histories.held_from is None else {"held_from": histories.held_from}
-    about |= {"format": STORE_FORMAT if about else 1, "users": histories.num_users, "events": histories.num_events, "fingerprint": histories.fingerprint}
-    (folder / "histories.json").write_text(json.dumps({**about, "times": histories.times is not None}, indent=2) + "\n", encoding="utf-8")
+    about |= {"format": STORE_FORMAT if about else 1, "users": histories.num_users, "events": histories.num_events}
+    about |= {"fingerprint": histories.fingerprint_of_events, "times": histories.times is not None, "sample": _sample(folder, histories.times is not None)}
+    (folder / "histories.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def open_histories(folder: Path, *, verify: bool = True) -> Histories:
+def open_histories(folder: Path, *, verify: Literal["sample", "whole"] = "sample") -> Histories:
     """Histories memory-mapped from a store: only what is read takes memory.
 
-    ``verify`` reads items and cuts once and holds them against the fingerprint that was written with them. Raises DataError
-    for a folder that is no store, was written by a newer fedssl, is cut short, or holds other bytes than were written.
+    ``verify``: sample holds the sizes of all columns, their first, last and 254 more pages, and all of the smaller columns against the
+    checksum that was written with them: that finds a file that was cut, exchanged or never finished, in milliseconds whatever the
+    size, and not one changed byte in a large column. whole reads every item and cut, and finds that too.
+    Raises DataError for a folder that is no store, was written by a newer fedssl, is cut short, or holds other bytes than were written.
     """
     about = read_about(folder, "histories.json", STORE_FORMAT)
     names, name_cuts = _map(folder, "names"), _map(folder, "name_cuts")
@@ -246,8 +278,10 @@ def open_histories(folder: Path, *, verify: bool = True) -> Histories:
     if len(name_cuts) != len(cuts) or (times is not None and len(times) != len(items)):
         raise DataError(f"{folder}: columns of different lengths; the store is damaged, make it again with `fedssl data convert`")
     histories = Histories(items, cuts, times, StoredNames(names, name_cuts), _held_from(about, times is not None, folder))
-    if verify and histories.fingerprint != about.get("fingerprint"):
+    differs = "sample" in about and about["sample"] != _sample(folder, times is not None)
+    if differs or ((verify == "whole" or "sample" not in about) and histories.fingerprint_of_events != about.get("fingerprint")):
         raise DataError(f"{folder}: the bytes are not those that were written (fingerprint differs); make it again with `fedssl data convert`")
+    histories.__dict__["fingerprint_of_events"] = about.get("fingerprint")
     return histories
 
 
@@ -326,6 +360,23 @@ def _map(folder: Path, name: str) -> NDArray[Any]:
     if not isinstance(column, np.ndarray) or column.ndim != 1 or column.dtype != _COLUMNS[name]:
         raise DataError(f"{path}: not a column of {_COLUMNS[name]}; make the store again with `fedssl data convert`")
     return column
+
+
+def _sample(folder: Path, has_times: bool) -> str:
+    """SHA-256 over the sizes of a store's columns, and some pages of each."""
+    digest = hashlib.sha256()
+    for name in _COLUMNS:
+        if name != "times" or has_times:
+            with (folder / f"{name}.npy").open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest.update(f"{name} {size}\n".encode())
+                if size <= SAMPLED_PAGES * PAGE_BYTES:
+                    digest.update(file.read())
+                else:
+                    for page in range(SAMPLED_PAGES):
+                        file.seek(page * (size - PAGE_BYTES) // (SAMPLED_PAGES - 1))
+                        digest.update(file.read(PAGE_BYTES))
+    return digest.hexdigest()
 
 
 def _check_cuts(cuts: NDArray[np.int64], end: int, path: Path) -> None:

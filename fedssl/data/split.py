@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from fedssl.config import DataConfig
-from fedssl.data.histories import HeldFrom, Histories
+from fedssl.data.histories import HeldFrom, Histories, split_by
 from fedssl.errors import DataError
 
 
@@ -19,7 +17,7 @@ def hold_out(histories: Histories, config: DataConfig, where: str) -> Histories:
     that are not one before the other.
     """
     if config.split == "leave-one-out":
-        return histories if histories.held_from is None else replace(histories, held_from=None)
+        return histories if histories.held_from is None else split_by(histories, None)
     if histories.times is None or not len(histories.times):
         raise DataError(f"{where}: the events have no times, and [data] split = 'global-time' cuts by time; give a file with times, or set 'leave-one-out'")
     held_from = HeldFrom(_time(histories, config.validation_from), _time(histories, config.test_from))
@@ -28,7 +26,7 @@ def hold_out(histories: Histories, config: DataConfig, where: str) -> Histories:
             f"{where}: [data] validation_from = {config.validation_from:g} is the time {held_from.validation:.17g} and test_from = {config.test_from:g} is "
             f"{held_from.test:.17g}; wanted an earlier validation_from"
         )
-    return replace(histories, held_from=held_from)
+    return split_by(histories, held_from)
 
 
 def check_has_targets(histories: Histories, where: str) -> None:

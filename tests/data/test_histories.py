@@ -177,11 +177,39 @@ def test_a_store_is_mapped_and_not_read_into_memory(tmp_path):
     program = (
         "import resource, sys; from pathlib import Path; from fedssl.data.histories import open_histories\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "histories = open_histories(Path(sys.argv[1]), verify=False); assert histories.of(0).tolist() == [1, 1, 1]\n"
+        "histories = open_histories(Path(sys.argv[1])); assert histories.of(0).tolist() == [1, 1, 1]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     grown = subprocess.run([sys.executable, "-c", program, str(tmp_path / "store")], capture_output=True, text=True, check=True).stdout
     assert int(grown) * 1024 < 0.1 * events * (4 + 8)
+
+
+def test_a_store_opens_without_its_bytes_being_read_unless_that_is_asked_for(tmp_path):
+    histories = Histories(np.ones(500_000, dtype=np.int32), np.array([0, 3, 500_000]), None, ("a", "b"))
+    write_histories(histories, tmp_path / "store")
+    assert open_histories(tmp_path / "store", verify="whole").fingerprint == histories.fingerprint
+    raw = bytearray((tmp_path / "store" / "items.npy").read_bytes())
+    # Pages are 7.4 KiB apart and 4 KiB long, so between the first two there is a gap.
+    raw[6000] ^= 1
+    (tmp_path / "store" / "items.npy").write_bytes(raw)
+    assert open_histories(tmp_path / "store").fingerprint == histories.fingerprint
+    with pytest.raises(DataError, match="fingerprint differs"):
+        open_histories(tmp_path / "store", verify="whole")
+    raw[-1] ^= 1
+    (tmp_path / "store" / "items.npy").write_bytes(raw)
+    with pytest.raises(DataError, match="fingerprint differs"):
+        open_histories(tmp_path / "store")
+
+
+def test_a_store_of_before_the_sample_is_read_whole(tmp_path):
+    write_histories(small(), tmp_path / "store")
+    about = json.loads((tmp_path / "store" / "histories.json").read_text())
+    del about["sample"]
+    (tmp_path / "store" / "histories.json").write_text(json.dumps(about))
+    assert open_histories(tmp_path / "store").fingerprint == small().fingerprint
+    np.save(tmp_path / "store" / "items.npy", np.arange(11, dtype=np.int32))
+    with pytest.raises(DataError, match="fingerprint differs"):
+        open_histories(tmp_path / "store")
 
 
 def test_a_store_is_never_written_over(tmp_path):
