@@ -285,6 +285,14 @@ def open_histories(folder: Path, *, verify: Literal["sample", "whole"] = "sample
     return histories
 
 
+def map_histories(folder: Path, *, has_times: bool, fingerprint: str) -> Histories:
+    """Histories of columns that were just written, without a split and without a look at them."""
+    columns = {name: _map(folder, name) for name in _COLUMNS if name != "times" or has_times}
+    histories = Histories(columns["items"], columns["cuts"], columns.get("times"), StoredNames(columns["names"], columns["name_cuts"]))
+    histories.__dict__["fingerprint_of_events"] = fingerprint
+    return histories
+
+
 class StoredNames(Sequence[str]):
     """User tokens as one block of UTF-8 and its cuts, decoded when asked for: a million names cost no Python strings."""
 

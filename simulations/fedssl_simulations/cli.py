@@ -243,15 +243,14 @@ def convert(
     items: Annotated[str, typer.Option(help="A file with titles and attributes of items")] = "",
     users: Annotated[str, typer.Option(help="A file with attributes of users, for a probe alone")] = "",
 ) -> None:
-    """Make the memory-mapped store of a data set: it opens at once, and is shared by processes.
+    """Make the memory-mapped store of a data set, from a file of any size: it opens at once, and is shared by processes.
 
     Example: fedssl data convert ml-1m.inter.gz stores/ml-1m
     """
-    from fedssl.data.dataset import load_dataset, write_dataset
+    from fedssl.data.convert import convert as make_store
 
     config = _data_config(path=path, min_events=min_events, format=file_format, columns=columns, skip_bad_lines=skip_bad_lines, items=items, users=users)
-    dataset = load_dataset(config)
-    write_dataset(dataset, out)
+    dataset = make_store(config, out)
     histories = dataset.histories
     typer.echo(f"{out}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events")
     if dataset.bad_lines:
