@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: help demo test lint format federation docs clean
+.PHONY: help demo test lint format federation wheel-check docs clean
 .DEFAULT_GOAL := help
 
 help:  ## These lines
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 demo: $(READY)  ## Make histories, train federated, compare with baselines, say where the report lies
 	@test -e $(DEMO)/histories.txt || $(BIN)/fedssl data synthesize $(DEMO)/histories.txt
@@ -36,6 +36,9 @@ format: $(READY)  ## Let ruff put the code in order
 
 federation: $(READY)  ## A SuperLink and two SuperNodes on this machine reach the bytes of the simulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/end_to_end/test_federation.py -v -rs
+
+wheel-check: $(READY)  ## Install the wheel with all it needs for PYTHON in an empty environment; the demo and a federation run there
+	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel_check.py --python $(PYTHON) --pip-args='$(PIP_ARGS)'
 
 docs: $(READY)  ## Write docs/settings.md from the settings' classes
 	$(BIN)/python -m fedssl_simulations.settings_page > docs/settings.new && mv docs/settings.new docs/settings.md

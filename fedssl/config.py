@@ -119,6 +119,9 @@ class LocalConfig(Settings):
     steps: int = Field(1, ge=1, description="Local SGD steps S")
     lr: float = Field(1.0, gt=0.0, description="Step size of local SGD")
     windows: int = Field(1, ge=1, description="Windows B a step reads, each drawn at random from the training history")
+    reduction: Literal["mean", "sum"] = Field(
+        "mean", description="A user's softmax loss: mean over real positions, or their sum / (windows * window), so that more history pulls harder"
+    )
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled decay a step, on touched item rows and the encoder; 0: none")
     proximal: float = Field(0.0, ge=0.0, description="FedProx: pull back to the round's weights, from the second step on; lr * proximal is at most 1; 0: none")
     grid_step: float = Field(
@@ -247,6 +250,8 @@ class RunConfig(Settings):
             raise ValueError("[[task]] has no task with a weight above 0; nothing would be learned")
         if self.local.grid_step != 2.0 ** round(_log2(self.local.grid_step)):
             raise ValueError(f"[local] grid_step {self.local.grid_step} is not a power of two; try 2^-20 = {2.0**-20}")
+        if self.local.reduction == "sum" and self.server.weighting != "equal":
+            raise ValueError(f"[local] reduction = 'sum' with [server] weighting = '{self.server.weighting}' weighs long histories twice; set one of them back")
         if self.privacy.has_plan:
             if self.server.sampling != "poisson":
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")

@@ -144,9 +144,13 @@ def distinct_rows(drawn: Sequence[Views]) -> tuple[tuple[dict[str, Tensor], ...]
 
 
 class UsersModel:
-    """What the users of a batch hold at one local step; tasks read it (`fedssl.tasks.UsersModel`)."""
+    """What the users of a batch hold at one local step; tasks read it (`fedssl.tasks.UsersModel`).
 
-    def __init__(self, encoder: Encoder, weights_U: Weights, table: ItemTable, heads_UD: Tensor | None, masks: Masks | None):
+    ``sum_over``: positions of a full window where softmax losses are sums over positions divided by that; None: means.
+    """
+
+    def __init__(self, encoder: Encoder, weights_U: Weights, table: ItemTable, heads_UD: Tensor | None, masks: Masks | None, *, sum_over: int | None = None):
+        self._sum_over = sum_over
         self._encoder, self._weights, self._table, self._heads, self._masks = encoder, weights_U, table, heads_UD, masks
 
     def encode(self, rows_UBL: Tensor, is_hidden_UBL: Tensor | None = None) -> Tensor:
@@ -174,10 +178,11 @@ class UsersModel:
         return hidden_UBLD if self._heads is None else hidden_UBLD + self._heads[:, None, None]
 
     def softmax_loss(self, hidden_UBLD: Tensor, targets_UBL: Tensor) -> Tensor:
-        """Mean cross entropy over real targets (> 0). Shape: (U,)."""
+        """Cross entropy over real targets (> 0): their mean, or their sum over the positions that full windows have. Shape: (U,)."""
         U, B, L, D = hidden_UBLD.shape
         is_real_UM = (targets_UBL > 0).reshape(U, B * L).to(hidden_UBLD.dtype)
-        weight_UM = is_real_UM / is_real_UM.sum(1, keepdim=True).clamp(min=1)
+        full = None if self._sum_over is None else B * self._sum_over
+        weight_UM = is_real_UM / (is_real_UM.sum(1, keepdim=True).clamp(min=1) if full is None else full)
         return softmax_loss(hidden_UBLD.reshape(U, B * L, D), self._table, targets_UBL.reshape(U, B * L), weight_UM)
 
 
@@ -258,7 +263,7 @@ def train_users(
                 if dropout
                 else None
             )
-            model = UsersModel(encoder, now, table, head, masks)
+            model = UsersModel(encoder, now, table, head, masks, sum_over=window if local.reduction == "sum" else None)
             losses.append(task.loss(model, {name: rows[:, step] for name, rows in batch.sequences[number].items()}) * weight)
         loss_U = torch.stack(losses).sum(0)
         if first_loss is None:

@@ -484,3 +484,18 @@ def test_a_custom_task_reads_only_its_own_sequences():
     batch = make_batch(tasks, setup.histories, some, some, base=BASE, local=setup.config.local, window=WINDOW, num_items=ITEMS_IN_ALL)
     trained = train_users(setup.parts.encoder, tasks, setup.weights, batch, local=setup.config.local, window=WINDOW)
     assert (trained.loss_U > setup.train([0, 1]).loss_U).all()
+
+
+@pytest.mark.usefixtures("double")
+def test_a_summed_loss_is_the_mean_times_the_share_of_a_full_window():
+    users = list(range(len(HISTORIES)))
+    mean, summed = a_case(reduction="mean", windows=2), a_case(reduction="sum", windows=2)
+    share_U = torch.from_numpy(mean.batch(users).positions_U / (2 * WINDOW)).double()
+    for name, leaf in summed.train(users).update.items():
+        assert_close(leaf, mean.train(users).update[name] * share_U.view(-1, *[1] * (leaf.dim() - 1)), 1e-12)
+    assert_close(summed.train(users).loss_U, mean.train(users).loss_U * share_U, 1e-12)
+
+
+def test_a_summed_loss_with_weights_by_positions_is_refused():
+    with pytest.raises(ConfigError, match="weighs long histories twice"):
+        check(RunConfig, {"local": {"reduction": "sum"}, "server": {"weighting": "positions"}}, where="test")

@@ -10,7 +10,8 @@ import json
 import shutil
 import zlib
 from array import array
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -98,10 +99,10 @@ def _deal(blocks: Iterable[Block], spill: Path) -> tuple[tuple[str, ...], list[l
     Returns the item tokens, for each part how many events each chunk gave it, and whether events have times. A user is a number within
     the chunk, and a line of `names` lists a chunk's tokens.
     """
-    item_codes: dict[str, int] = {}
+    item_codes = _codes()
     events_of_parts: list[list[int]] = [[] for _ in range(PARTS)]
     has_times = False
-    user_codes: dict[str, int] = {}
+    user_codes = _codes()
     gathered: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64] | None]] = []
     count = 0
 
@@ -134,14 +135,21 @@ def _deal(blocks: Iterable[Block], spill: Path) -> tuple[tuple[str, ...], list[l
         count += len(block.users)
         if count >= EVENTS_AT_ONCE:
             deal()
-            user_codes, gathered, count = {}, [], 0
+            user_codes, gathered, count = _codes(), [], 0
     if count:
         deal()
     return tuple(item_codes), events_of_parts, has_times
 
 
-def _encode(column: Iterable[str], codes: dict[str, int]) -> NDArray[np.int32]:
-    return np.array([codes.setdefault(token, len(codes)) for token in column], dtype=np.int32)
+def _codes() -> defaultdict[str, int]:
+    """A dict that gives a token it has not seen the next number."""
+    codes: defaultdict[str, int] = defaultdict()
+    codes.default_factory = codes.__len__
+    return codes
+
+
+def _encode(column: Sequence[str], codes: defaultdict[str, int]) -> NDArray[np.int32]:
+    return np.fromiter(map(codes.__getitem__, column), np.int32, len(column))
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ class _Part:
 
     def name_users(self, events_of_chunks: list[int]) -> int:
         """Turn users from numbers within chunks into numbers within the part, in order of tokens as text. Returns how many there are."""
-        codes: dict[str, int] = {}
+        codes = _codes()
         users, at = self.read("users"), 0
         for tokens, count in zip(self.names(), events_of_chunks, strict=True):
             users[at : at + count] = _encode(tokens, codes)[users[at : at + count]]

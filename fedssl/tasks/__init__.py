@@ -68,7 +68,7 @@ class UsersModel(Protocol):
         """The hidden states as the user's own head reads them."""
 
     def softmax_loss(self, hidden_UBLD: Tensor, targets_UBL: Tensor) -> Tensor:
-        """Mean cross entropy over real targets (> 0). Shape: (U,)."""
+        """Cross entropy over real targets (> 0), reduced over positions as the recipe says. Shape: (U,)."""
 
 
 class Task(NamedTuple):

@@ -24,6 +24,7 @@ from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 
 EQUAL = "federated, equal weights"
+EQUAL_SUM = "federated, equal weights, summed loss"
 FEDERATED = "federated, weights by positions"
 
 
@@ -43,7 +44,14 @@ def main() -> None:
     }
     jobs[FEDERATED] = lambda: federated(config, dataset)
     jobs[EQUAL] = lambda: federated(config.model_copy(update={"server": config.server.model_copy(update={"weighting": "equal"})}), dataset)
-    settings = results.settings_hash({"config": config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True), "data": dataset.histories.fingerprint})
+    summed = {
+        "server": config.server.model_copy(update={"weighting": "equal"}),
+        "local": config.local.model_copy(update={"reduction": "sum"}),
+    }
+    jobs[EQUAL_SUM] = lambda: federated(config.model_copy(update=summed), dataset)
+    settings = results.settings_hash(
+        {"config": config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True), "data": dataset.histories.fingerprint}
+    )
     histories = dataset.histories
     print(f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; settings {settings}")
     print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")

@@ -1,6 +1,6 @@
 """The README's tables, from results/*.jsonl: every number there was printed by a script beside this one.
 
-    python simulations/benchmarks/tables.py            (rewrites the part of README.md between the markers)
+python simulations/benchmarks/tables.py            (rewrites the part of README.md between the markers)
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ QUALITY = (
     ("markov", "Markov, last three items decayed"),
     ("log-lift counts", "item-to-item counts alone, log-lift"),
     ("central", "central training of the same encoder"),
-    ("federated, equal weights", "**federated**, users weigh alike"),
+    ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
+    ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
     ("federated, weights by positions", "**federated**, weights by positions"),
 )
 
@@ -51,10 +52,10 @@ def quality(preset: str) -> str:
         else:
             lines.append(line(label, row["test"], row["seconds"]))
     found = dict((name, results.newest("quality", preset=preset, name=name)) for name, _ in QUALITY)
-    central, equal = found["central"], found["federated, equal weights"]
+    central, equal = found["central"], found["federated, equal weights, summed loss"]
     if central is not None and equal is not None:
         ratio = equal["test"]["parts"]["encoder"]["unseen"]["ndcg@10"] / central["test"]["unseen"]["ndcg@10"]
-        lines += ["", f"Federated with equal weights reaches {ratio:.3f} of central training (encoder alone, `unseen`)."]
+        lines += ["", f"Federated with equal weights (summed loss) reaches {ratio:.3f} of central training (encoder alone, `unseen`)."]
     return "\n".join([*lines, ""])
 
 

@@ -35,7 +35,7 @@ def train_centrally(recipe: Recipe, histories: Histories, *, on_step: Callable[[
     rounded or weighed. Late weights are averaged where the recipe averages late rounds.
     """
     parts = make_parts(recipe)
-    local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0})
+    local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0, "reduction": "mean"})
     flat_P = flatten(initial_weights(recipe), parts.layout)
     average_P: Tensor | None = None
     memory = parts.optimizer.init(parts.layout.num_weights)

@@ -55,7 +55,7 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
 def gradient_norms(recipe: Recipe, weights: Weights, histories: Histories, users: np.ndarray[Any, Any], config: TaskConfig) -> np.ndarray[Any, Any]:
     """Norm of each user's gradient of one task at weight 1, without dropout. Shape: (U,)."""
     parts = make_parts(recipe)
-    local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0})
+    local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0, "reduction": "mean"})
     tasks = [(make_task(config, num_items=recipe.num_items), 1.0)]
     norms = []
     for first in range(0, len(users), 32):
