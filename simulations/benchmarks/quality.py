@@ -49,9 +49,8 @@ def main() -> None:
         "local": config.local.model_copy(update={"reduction": "sum"}),
     }
     jobs[EQUAL_SUM] = lambda: federated(config.model_copy(update=summed), dataset)
-    settings = results.settings_hash(
-        {"config": config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True), "data": dataset.histories.fingerprint}
-    )
+    chosen = config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True)
+    settings = results.settings_hash({"config": chosen, "data": dataset.histories.fingerprint})
     histories = dataset.histories
     print(f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; settings {settings}")
     print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")

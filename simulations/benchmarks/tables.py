@@ -51,7 +51,7 @@ def quality(preset: str) -> str:
             lines.append(line(f"{label}: encoder and counts", row["test"], row["seconds"]))
         else:
             lines.append(line(label, row["test"], row["seconds"]))
-    found = dict((name, results.newest("quality", preset=preset, name=name)) for name, _ in QUALITY)
+    found = {name: results.newest("quality", preset=preset, name=name) for name, _ in QUALITY}
     central, equal = found["central"], found["federated, equal weights, summed loss"]
     if central is not None and equal is not None:
         ratio = equal["test"]["parts"]["encoder"]["unseen"]["ndcg@10"] / central["test"]["unseen"]["ndcg@10"]
@@ -73,8 +73,8 @@ def throughput() -> str:
         return ""
     names = list(rows[0]["ms_a_user"])
     lines = [
-        "**Speed**: milliseconds a user, ML-1M, width 64, 2 blocks, window 50, 256 negatives a user, one thread; whole federated rounds of 512 with every update "
-        "clipped (`python simulations/benchmarks/throughput.py`).",
+        "**Speed**: milliseconds a user, ML-1M, width 64, 2 blocks, window 50, 256 negatives a user, one thread; whole federated rounds of 512 with "
+        "every update clipped (`python simulations/benchmarks/throughput.py`).",
         "",
         "| local steps | " + " | ".join(names) + " | of the floor | times the loop | outside `client_round` |",
         "|---|" + "---|" * (len(names) + 3),
