@@ -11,6 +11,7 @@ reads the whole history beats every table of transitions, and the two parts add 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from fedssl.data.interactions import Interactions
 from fedssl.errors import DataError
 
+USERS_AT_ONCE = 1 << 16
 _TRIES = 30
 _BLOCK_CELLS = 1 << 27
 
@@ -97,6 +99,24 @@ def synthesize(
     ``world`` replaces the one that ``make_world(items, seed)`` makes. Time and memory grow with the events: 100,000 users take seconds.
     Raises DataError for fewer than 20 items, no users, or a mean outside 5 to a quarter of the catalogue.
     """
+    blocks = list(synthesize_blocks(users, items, seed, mean_events=mean_events, repeats=repeats, world=world))
+    firsts = np.cumsum([0, *(len(block.user_tokens) for block in blocks)])
+    return Interactions(
+        users=np.concatenate([block.users + first for block, first in zip(blocks, firsts)]),
+        items=np.concatenate([block.items for block in blocks]),
+        times=np.concatenate([block.times for block in blocks if block.times is not None]),
+        user_tokens=tuple(token for block in blocks for token in block.user_tokens),
+        item_tokens=blocks[0].item_tokens,
+    )
+
+
+def synthesize_blocks(
+    users: int = 2000, items: int = 500, seed: int = 1, *, mean_events: float = 40.0, repeats: bool = False, world: World | None = None
+) -> Iterator[Interactions]:
+    """The same histories, `USERS_AT_ONCE` users at a time, whose codes count from 0 in each block: memory holds one block.
+
+    Raises DataError as `synthesize` does, before the first block.
+    """
     world = make_world(items, seed) if world is None else world
     most = world.num_items // 4
     if users < 1 or most < 5 or not 5 <= mean_events <= most:
@@ -104,7 +124,14 @@ def synthesize(
             f"synthetic data: {users} users, {world.num_items} items and {mean_events} events a user; wanted users, at least 20 items, "
             f"and a mean from 5 to a quarter of the items ({most})"
         )
-    rng = np.random.default_rng([seed, 1])
+    return (
+        _block(world, range(first + 1, min(first + USERS_AT_ONCE, users) + 1), len(str(users)), np.random.default_rng([seed, 1, number]), mean_events, repeats)
+        for number, first in enumerate(range(0, users, USERS_AT_ONCE))
+    )
+
+
+def _block(world: World, numbers: range, digits: int, rng: np.random.Generator, mean_events: float, repeats: bool) -> Interactions:
+    users, most = len(numbers), world.num_items // 4
     # Log-normal with a long tail, as real activity has; longest first, so that those still going are always the first few.
     spread = 0.7
     lengths_U = np.clip(np.rint(5 + (mean_events - 5) * np.exp(spread * rng.standard_normal(users) - spread**2 / 2)), 5, most).astype(np.int64)
@@ -119,7 +146,7 @@ def synthesize(
         users=np.repeat(np.arange(users), lengths_U),
         items=events,
         times=_times(lengths_U, cuts, rng),
-        user_tokens=tuple(f"user-{number:0{len(str(users))}d}" for number in range(1, users + 1)),
+        user_tokens=tuple(f"user-{number:0{digits}d}" for number in numbers),
         item_tokens=world.tokens,
     )
 

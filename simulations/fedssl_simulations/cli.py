@@ -270,14 +270,16 @@ def synthesize(
     Example: fedssl data synthesize demo/histories.txt --users 2000
     """
     from fedssl.data.readers import write_inter, write_lines
-    from fedssl.data.synthetic import synthesize as make
+    from fedssl.data.synthetic import synthesize_blocks
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists; choose another name")
     out.parent.mkdir(parents=True, exist_ok=True)
-    interactions = make(users, items, seed, mean_events=events)
-    (write_inter if ".inter" in out.suffixes else write_lines)(interactions, out)
-    typer.echo(f"{out}: {users:,} users, {len(interactions.item_tokens):,} items, {interactions.num_events:,} events")
+    written = 0
+    for block in synthesize_blocks(users, items, seed, mean_events=events):
+        (write_inter if ".inter" in out.suffixes else write_lines)(block, out, append=written > 0)
+        written += block.num_events
+    typer.echo(f"{out}: {users:,} users, {items:,} items, {written:,} events")
 
 
 def _data_config(*, columns: str, **values: Any) -> DataConfig:

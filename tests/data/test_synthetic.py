@@ -6,7 +6,7 @@ from oracles import synthetic as oracle
 
 from fedssl.data.histories import make_histories
 from fedssl.data.readers import read_interactions, write_inter, write_lines
-from fedssl.data.synthetic import make_world, synthesize
+from fedssl.data.synthetic import make_world, synthesize, synthesize_blocks
 from fedssl.errors import DataError
 
 
@@ -15,6 +15,22 @@ def test_the_same_arguments_give_the_same_events_and_another_seed_others():
     assert first.items.tolist() == again.items.tolist()
     assert first.item_tokens == again.item_tokens
     assert first.items.tolist() != other.items.tolist()
+
+
+def test_blocks_written_one_after_the_other_are_the_histories_made_at_once(tmp_path, monkeypatch):
+    whole = synthesize(50, 100, 3, mean_events=10)
+    assert np.array_equal(next(synthesize_blocks(50, 100, 3, mean_events=10)).items, whole.items)
+    monkeypatch.setattr("fedssl.data.synthetic.USERS_AT_ONCE", 20)
+    whole = synthesize(50, 100, 3, mean_events=10)
+    assert whole.user_tokens[::49] == ("user-01", "user-50")
+    for write, name in ((write_inter, "inter"), (write_lines, "lines")):
+        for number, block in enumerate(synthesize_blocks(50, 100, 3, mean_events=10)):
+            assert len(block.user_tokens) == (20, 20, 10)[number]
+            write(block, tmp_path / f"{name}-blocks", append=number > 0)
+        write(whole, tmp_path / name)
+        assert (tmp_path / f"{name}-blocks").read_text() == (tmp_path / name).read_text()
+    # Blocks do not repeat one another.
+    assert whole.items[whole.users < 20].tolist() != whole.items[(whole.users >= 20) & (whole.users < 40)].tolist()
 
 
 @pytest.mark.parametrize("arguments", [(300, 500, 1, 40.0), (200, 33, 2, 8.0), (300, 20, 3, 5.0)])

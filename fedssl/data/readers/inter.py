@@ -50,8 +50,11 @@ def read_inter(path: Path, columns: Sequence[str], bad: BadLines) -> Iterator[Bl
         yield check_events(numbers, fields[places.user], fields[places.item], None if places.time is None else fields[places.time], bad)
 
 
-def write_inter(interactions: Interactions, path: Path) -> None:
-    """Write events as a `.inter` file that `read_inter` reads back alike. Raises DataError for a token with a tab or a line end."""
+def write_inter(interactions: Interactions, path: Path, *, append: bool = False) -> None:
+    """Write events as a `.inter` file that `read_inter` reads back alike; ``append``: behind those of a file, which has the header.
+
+    Raises DataError for a token with a tab or a line end.
+    """
     for token in interactions.user_tokens + interactions.item_tokens:
         if not token or any(mark in token for mark in "\t\r\n"):
             raise DataError(f"{path}: token {token!r} is empty or holds a tab or line end; it cannot stand in a `.inter` file")
@@ -64,6 +67,7 @@ def write_inter(interactions: Interactions, path: Path) -> None:
         # 17 significant digits give every float64 back; whole seconds stay short.
         columns.append([f"{time:.17g}" for time in interactions.times.tolist()])
         header += "\ttimestamp:float"
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(header + "\n")
+    with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
+        if not append:
+            file.write(header + "\n")
         file.writelines("\t".join(event) + "\n" for event in zip(*columns))

@@ -45,8 +45,10 @@ def read_lines(path: Path, columns: Sequence[str], bad: BadLines) -> Iterator[Bl
         yield Block(users, items, None)
 
 
-def write_lines(interactions: Interactions, path: Path) -> None:
+def write_lines(interactions: Interactions, path: Path, *, append: bool = False) -> None:
     """Write one line a user, in order of the user codes, each user's events by time, then file order; times are lost.
+
+    ``append``: behind the lines of a file, for users who are not in it.
 
     Raises DataError for a token with a space, tab or line end, and for a user without events: they cannot stand in this format.
     """
@@ -60,6 +62,6 @@ def write_lines(interactions: Interactions, path: Path) -> None:
         raise DataError(f"{path}: a user without events; filter with `k_core(interactions, 1)` before writing")
     items = [interactions.item_tokens[code] for code in interactions.items[order].tolist()]
     cuts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open("a" if append else "w", encoding="utf-8", newline="\n") as file:
         for user, start, end in zip(interactions.user_tokens, cuts, cuts[1:]):
             file.write(" ".join([user, *items[start:end]]) + "\n")
