@@ -39,7 +39,7 @@ def quality(preset: str) -> str:
         return ""
     lines = [
         f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
-        f"seed {rows[0][1]['seed']}, {cores(rows)}).",
+        f"seed {rows[0][1]['seed']}, {cores(rows)}; seconds are of training, with whatever else ran on the machine).",
         "",
         "| recommender | `all` | `unseen` | seconds |",
         "|---|---|---|---|",
