@@ -2,7 +2,7 @@
 
 The job: ML-1M's catalogue and window (3,416 items, 50 events), width 64, 256 negatives a user, chunks of 32 users with full windows of
 invented events, one thread. Timed is what a node does for its users: drawing windows and views, and all local steps. The encoders take
-turns, so that a drifting machine drifts under all of them; medians are printed. The upload is a real one, of a node with one user.
+turns, so that a drifting machine drifts under all of them; medians of CPU time are printed. The upload is a real one, of a node with one user.
 
     python simulations/benchmarks/encoders.py            (prints, appends to results/, rewrites docs/encoders.md)
     python simulations/benchmarks/encoders.py --trial    (trains each on ML-1M for 300 rounds: needs ml-1m.inter.gz where $FEDSSL_DATA points)
@@ -111,10 +111,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in nodes}
     for turn in range(rounds + 1):
         for key, node in nodes.items():
-            began = time.perf_counter()
+            began = time.process_time()
             node()
             if turn:
-                seconds[key].append(time.perf_counter() - began)
+                seconds[key].append(time.process_time() - began)
     found = []
     for name in ENCODERS:
         ms = {steps: 1e3 * statistics.median(seconds[name, steps]) / (CHUNK * CHUNKS * steps) for steps in (1, 3)}
