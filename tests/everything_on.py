@@ -10,6 +10,7 @@ from fedssl_simulations.run import make_shards, simulate
 from fedssl_simulations.run_files import read_run, write_run
 
 from fedssl.catalogue import write_catalogue
+from fedssl.checkpoints import list_checkpoints
 from fedssl.client_round import write_shard
 from fedssl.config import DataConfig, RunConfig
 from fedssl.data.dataset import Dataset, make_dataset
@@ -77,18 +78,20 @@ def give_keys(run: Path, keys: Keys) -> None:
         (run / "secrets" / name).write_bytes(key)
 
 
-def learn_here(folder: Path) -> tuple[RunConfig, Dataset, dict[str, bytes]]:
+def learn_here(folder: Path, *, rounds: int = 5) -> tuple[RunConfig, Dataset, dict[str, bytes]]:
     """The run in this process, in ``folder``: its settings, its data, and all that it learned."""
-    config = read_run(tomllib.loads(SETTINGS))
+    config = read_run(tomllib.loads(SETTINGS), [f"server.rounds={rounds}"])
     dataset = make_dataset(synthesize(users=50, items=200, seed=3, mean_events=10.0), DataConfig(min_events=1))
     simulate(config, out=folder, dataset=dataset, keys=TEST_KEYS)
     everything = learned(folder, sorted((folder / "heads").glob("node-*")))
-    assert everything.keys() == {"weights.safetensors", "optimizer.safetensors", "counts.safetensors", "heads of node 0", "heads of node 1"}
+    assert everything.keys() == {"checkpoint", "weights.safetensors", "optimizer.safetensors", "counts.safetensors", "heads of node 0", "heads of node 1"}
+    assert everything["checkpoint"] == b"round-%06d" % rounds
     assert all(any(value) for value in everything.values())
     return config, dataset, everything
 
 
 def learned(run: Path, heads: Sequence[Path]) -> dict[str, bytes]:
-    """All that was learned: the last checkpoint's files, by name, and the heads of each node, from the folder it keeps them in."""
-    files = {path.name: path.read_bytes() for path in sorted((run / "checkpoints" / "round-000005").glob("*.safetensors"))}
+    """All that was learned: the newest checkpoint's name and files, and the heads of each node, from the folder it keeps them in."""
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    files = {"checkpoint": newest.name.encode()} | {path.name: path.read_bytes() for path in sorted(newest.glob("*.safetensors"))}
     return files | {f"heads of node {number}": (folder / "user-vector.f32").read_bytes() for number, folder in enumerate(heads)}
