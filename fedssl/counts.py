@@ -18,6 +18,7 @@ from fedssl.privacy.grid import CLIP_MARGIN, LARGEST_COORDINATE
 from fedssl.records import SparseSum
 
 USERS_AT_ONCE = 512
+CELLS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,21 @@ def sum_transitions(events: Events, places_U: NDArray[np.int64], config: CountsC
         keys.append(key)
         values.append(value)
         broken.append(is_broken)
-    key, inverse = np.unique(np.concatenate(keys or [np.zeros(0, np.int64)]), return_inverse=True)
-    total = np.zeros(len(key), dtype=np.int64)
-    np.add.at(total, inverse, np.concatenate(values or [np.zeros(0, np.int64)]))
+        if sum(map(len, keys)) > max(CELLS_AT_ONCE, 2 * len(keys[0])):
+            key, value = _summed(keys, values)
+            keys, values = [key], [value]
+    key, total = _summed(keys, values)
     rows, columns = np.divmod(key, stride)
     sparse = SparseSum(rows.astype(np.int32), columns.astype(np.int32), total, (stride, stride))
     return sparse, np.concatenate(broken or [np.zeros(0, bool)])
+
+
+def _summed(keys: list[NDArray[np.int64]], values: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Distinct keys, sorted, and the sum of the values of each."""
+    key, inverse = np.unique(np.concatenate(keys or [np.zeros(0, np.int64)]), return_inverse=True)
+    total = np.zeros(len(key), dtype=np.int64)
+    np.add.at(total, inverse, np.concatenate(values or [np.zeros(0, np.int64)]))
+    return key, total
 
 
 def _transitions(

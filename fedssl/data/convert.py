@@ -13,6 +13,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -104,7 +105,7 @@ def _deal(blocks: Iterable[Block], spill: Path) -> tuple[tuple[str, ...], list[l
     has_times = False
     user_codes = _codes()
     gathered: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float64] | None]] = []
-    count = 0
+    num_gathered = 0
 
     def deal() -> None:
         users, items = (np.concatenate([columns[side] for columns in gathered]) for side in (0, 1))
@@ -132,20 +133,19 @@ def _deal(blocks: Iterable[Block], spill: Path) -> tuple[tuple[str, ...], list[l
     for block in blocks:
         has_times |= block.times is not None
         gathered.append((_encode(block.users, user_codes), _encode(block.items, item_codes), block.times))
-        count += len(block.users)
-        if count >= EVENTS_AT_ONCE:
+        num_gathered += len(block.users)
+        if num_gathered >= EVENTS_AT_ONCE:
             deal()
-            user_codes, gathered, count = _codes(), [], 0
-    if count:
+            user_codes, gathered, num_gathered = _codes(), [], 0
+    if num_gathered:
         deal()
     return tuple(item_codes), events_of_parts, has_times
 
 
 def _codes() -> defaultdict[str, int]:
     """A dict that gives a token it has not seen the next number."""
-    codes: defaultdict[str, int] = defaultdict()
-    codes.default_factory = codes.__len__
-    return codes
+    # Not the dict's own length: a dict that refers to itself would stay in memory.
+    return defaultdict(count(0).__next__)
 
 
 def _encode(column: Sequence[str], codes: defaultdict[str, int]) -> NDArray[np.int32]:
@@ -160,11 +160,11 @@ class _Part:
     number: int
     has_times: bool
 
-    def read(self, name: str, start: int = 0, count: int = -1) -> NDArray[Any]:
-        """A column, or ``count`` entries of it from ``start`` on."""
+    def read(self, name: str, start: int = 0, events: int = -1) -> NDArray[Any]:
+        """A column, or ``events`` entries of it from ``start`` on."""
         dtype = np.dtype(np.float64 if name == "times" else np.int32)
         path = self.spill / f"{name}-{self.number}"
-        return np.fromfile(path, dtype, count, offset=start * dtype.itemsize) if path.exists() else np.empty(0, dtype)
+        return np.fromfile(path, dtype, events, offset=start * dtype.itemsize) if path.exists() else np.empty(0, dtype)
 
     def write(self, name: str, column: NDArray[Any]) -> None:
         column.tofile(self.spill / f"{name}-{self.number}")
@@ -180,9 +180,9 @@ class _Part:
         """Turn users from numbers within chunks into numbers within the part, in order of tokens as text. Returns how many there are."""
         codes = _codes()
         users, at = self.read("users"), 0
-        for tokens, count in zip(self.names(), events_of_chunks, strict=True):
-            users[at : at + count] = _encode(tokens, codes)[users[at : at + count]]
-            at += count
+        for tokens, events in zip(self.names(), events_of_chunks, strict=True):
+            users[at : at + events] = _encode(tokens, codes)[users[at : at + events]]
+            at += events
         by_text = sorted(codes)
         number_of_code = np.empty(len(codes), dtype=np.int32)
         number_of_code[[codes[token] for token in by_text]] = np.arange(len(codes))
@@ -290,12 +290,12 @@ def _merge_events(
         for number in np.unique(part_U[begin:end]).tolist():
             is_mine = part_U[begin:end] == number
             size_of_mine = lengths[is_mine]
-            count = int(size_of_mine.sum())
-            place = np.arange(count) + np.repeat(starts[is_mine] - (np.cumsum(size_of_mine) - size_of_mine), size_of_mine)
-            rows[place] = row_I[parts[number].read("items", done_of_part[number], count)]
+            events = int(size_of_mine.sum())
+            place = np.arange(events) + np.repeat(starts[is_mine] - (np.cumsum(size_of_mine) - size_of_mine), size_of_mine)
+            rows[place] = row_I[parts[number].read("items", done_of_part[number], events)]
             if len(moments):
-                moments[place] = parts[number].read("times", done_of_part[number], count)
-            done_of_part[number] += count
+                moments[place] = parts[number].read("times", done_of_part[number], events)
+            done_of_part[number] += events
         items.append(rows)
         times.append(moments)
         yield rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 from flwr.app import Message
@@ -48,6 +49,12 @@ class Run:
     keys: Keys | None = field(default=None, repr=False)
     ledger: Ledger | None = None
     deadline_seconds: float | None = None
+
+    @cached_property
+    def hosts_one(self) -> NDArray[np.bool_]:
+        """Which nodes host one user. Shape: (nodes,)."""
+        is_one: NDArray[np.bool_] = np.bincount(self.owner_U[self.owner_U >= 0], minlength=len(self.node_ids)) == 1
+        return is_one
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,6 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         mine = cohort[owner == index]
         if len(mine):
             chosen[node] = mine
-    hosts_one = np.bincount(run.owner_U[run.owner_U >= 0], minlength=len(run.node_ids)) == 1
     totals: Totals = {}
     tensors = phase.tensors(state)
     waited, up, down, refused = 0.0, 0, 0, {}
@@ -181,7 +187,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         messages, asked = [], {}
         for index, node in enumerate(run.node_ids):
             if node in chosen:
-                users = None if hosts_one[index] else chosen[node]
+                users = None if run.hosts_one[index] else chosen[node]
                 group = f"{address.phase} {address.round}"
                 messages.append(grid.create_message(wire.with_users(content, users), "train", node, group, ttl=run.deadline_seconds))
                 asked[node] = len(chosen[node])

@@ -12,7 +12,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -164,6 +164,10 @@ def _simulate(
     # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
     _take_back_heads(shards, recipe, after=settled, settled=heads_settled())
 
+    @cache
+    def sample() -> NDArray[np.int64]:
+        return _sample(config, histories)
+
     def save(state: State) -> None:
         nonlocal settled, last_written
         if state.phase:
@@ -186,7 +190,7 @@ def _simulate(
         # All users are validated after the last round; but rounds are compared by the same users.
         if every and ((facts.round % every == 0 and not is_last) or (is_last and patience)):
             model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
-            validation = evaluate(model, histories, "validation", users=_sample(config, histories), ks=config.evaluation.ks).summary()
+            validation = evaluate(model, histories, "validation", users=sample(), ks=config.evaluation.ks).summary()
             if patience:
                 seen.append((facts.round, validation["unseen"]["ndcg@10"]))
         epsilon = plan.epsilon(state.charged) if plan is not None else None
@@ -265,7 +269,9 @@ def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.i
         for shard in shards.values():
             store = shard.heads(recipe)
             assert store is not None
-            mine = np.isin(users, shard.users)
+            # Users are sorted: looked up, not searched for among all that there are.
+            places = np.searchsorted(shard.users, users).clip(max=max(len(shard.users) - 1, 0))
+            mine = shard.users[places] == users if len(shard.users) else np.zeros(len(users), dtype=np.bool_)
             result[mine] = store.read(users[mine])
         return result
 

@@ -1,0 +1,188 @@
+"""A million users: conversion of a large file, opening the store, synthesis, and a round of 1,000 from few and from many.
+
+- convert: a file of EVENTS random events of a million users, written first; seconds and the peak of the converting process.
+- synthesize: `fedssl data synthesize --users 1000000`; then that file is converted, and the store opened: seconds, and memory that opening adds.
+- round: rounds of 1,000 users with personal heads, from a store of 10,000 and from one of 1,000,000 users of the same world, in turn in one
+  process, with the flush and journal of a checkpoint each ten rounds; medians.
+
+    python simulations/benchmarks/scale.py --events 10000000 --events 100000000        (needs pyarrow; 100 million events take 6 GB of disk)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import results
+
+COMMAND = [sys.executable, "-c", "from fedssl_simulations.cli import main; main()"]
+FEW, MANY, COHORT, MEAN_EVENTS = 10_000, 1_000_000, 1000, 20
+
+CONVERT = """
+import json, resource, sys, time
+from pathlib import Path
+from fedssl.config import DataConfig
+from fedssl.data.convert import convert
+began = time.perf_counter()
+dataset = convert(DataConfig(path=sys.argv[1]), Path(sys.argv[2]))
+seconds = time.perf_counter() - began
+facts = {"users": dataset.histories.num_users, "kept": dataset.histories.num_events, "seconds": round(seconds, 1)}
+print(json.dumps({**facts, "cpu_seconds": round(time.process_time(), 1), "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+"""
+
+OPEN = """
+import json, sys, time, psutil
+from fedssl.config import DataConfig
+from fedssl.data.dataset import load_dataset
+before = psutil.Process().memory_info().rss
+began = time.perf_counter()
+dataset = load_dataset(DataConfig(path=sys.argv[1]))
+dataset.histories.training_lengths
+dataset.histories.fingerprint
+facts = {"users": dataset.histories.num_users, "events": dataset.histories.num_events, "seconds": round(time.perf_counter() - began, 3)}
+print(json.dumps({**facts, "added_bytes": psutil.Process().memory_info().rss - before}))
+"""
+
+
+def write_events(path: Path, events: int) -> None:
+    """Random events of a million users and 50,000 items, some of either often, in order of time."""
+    import pyarrow as pa
+    import pyarrow.csv as csv
+
+    rng = np.random.default_rng(0)
+    options = csv.WriteOptions(include_header=False, delimiter="\t")
+    with path.open("wb") as file:
+        file.write(b"user_id\titem_id\ttimestamp\n")
+        for first in range(0, events, 1 << 20):
+            count = min(1 << 20, events - first)
+            users, items = (MANY * rng.random(count) ** 1.3).astype(np.int64), (50_000 * rng.random(count) ** 2).astype(np.int64)
+            times = 1_500_000_000 + first // 10 + rng.integers(0, 1_000_000, count)
+            csv.write_csv(pa.table({"user": users, "item": items, "time": times}), file, options)
+
+
+def in_process(program: str, *words: object) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-c", program, *map(str, words)], check=True, capture_output=True, text=True)
+    return dict(json.loads(done.stdout))
+
+
+def synthesize(users: int, out: Path) -> float:
+    began = time.perf_counter()
+    subprocess.run([*COMMAND, "data", "synthesize", str(out), "--users", str(users), "--events", str(MEAN_EVENTS)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
+    """Whole rounds of 1,000 users with heads from a store, one a call."""
+    from fedssl_server.rounds import Run, owners, run_rounds
+    from fedssl_simulations.grids import InProcessGrid, handler_of
+    from fedssl_simulations.run import make_shards
+
+    from fedssl.config import RunConfig, check
+    from fedssl.data.dataset import load_dataset
+    from fedssl.recipe import make_recipe
+    from fedssl.server_round import first_state
+
+    settings = {
+        "data": {"path": str(store)},
+        "encoder": {"width": 32, "window": 50},
+        "task": [{"name": "next-item", "negatives": 128}],
+        "head": {"name": "user-vector"},
+        "server": {"rounds": 10_000, "cohort": COHORT},
+        "privacy": {"clip_norm": 1.0},
+        "system": {"workers": 1},
+    }
+    config = check(RunConfig, settings, where="scale")
+    dataset = load_dataset(config.data)
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash)
+    shards = make_shards(dataset, config, folder)
+    nodes: dict[int, dict[str, Any]] = {index + 1: {"partition-id": index} for index in shards}
+    node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, dataset.histories.num_users)
+    run = Run("scale", recipe, dataset.histories.num_users, node_ids, owner_U)
+    grid = InProcessGrid(handler_of(shards), nodes)
+    state = first_state(recipe)
+
+    def one() -> None:
+        nonlocal state
+        target = state.round + 1
+
+        def keep(found: Any, facts: Any) -> None:
+            nonlocal state
+            state = found
+
+        state = run_rounds(grid, run, state, on_round=keep, should_stop=lambda: state.round >= target, settled=lambda: (target - 1) // 10 * 10)
+        if target % 10 == 0:
+            for shard in shards.values():
+                heads = shard.heads(recipe)
+                assert heads is not None
+                heads.flush()
+
+    return one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--events", type=int, action="append", help="size of a file to convert; may be repeated (default: 10,000,000)")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", choices=["convert", "synthesize", "round"], help="one part; round makes its stores by itself")
+    parser.add_argument("--folder", type=Path, help="where files go; they are removed")
+    parser.add_argument("--dry", action="store_true", help="do not append to results/")
+    arguments = parser.parse_args()
+    parts = [arguments.only] if arguments.only else ["convert", "synthesize", "round"]
+
+    def say(text: str, row: dict[str, Any]) -> None:
+        print(text, flush=True)
+        if not arguments.dry:
+            results.append("scale", {**row, "settings": results.settings_hash({name: row.get(name) for name in ("what", "events", "users")})})
+
+    with TemporaryDirectory(dir=arguments.folder) as name:
+        folder = Path(name)
+        for events in (arguments.events or [10_000_000]) if "convert" in parts else []:
+            write_events(folder / "events.tsv", events)
+            row = {"what": "convert", "events": events, "file_bytes": (folder / "events.tsv").stat().st_size}
+            row |= in_process(CONVERT, folder / "events.tsv", folder / f"store-{events}")
+            peak = row["peak_rss_bytes"] / 1e6
+            say(f"convert {events:,} events of {row['users']:,} users: {row['seconds']} s ({row['cpu_seconds']} s of CPU), peak {peak:.0f} MB", row)
+            (folder / "events.tsv").unlink()
+            opened = in_process(OPEN, folder / f"store-{events}")
+            say(f"open it: {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
+        if "synthesize" in parts or "round" in parts:
+            for users in (FEW, MANY):
+                seconds = round(synthesize(users, folder / f"{users}.txt"), 1)
+                say(
+                    f"synthesize {users:,} users of {MEAN_EVENTS} events: {seconds} s (wanted: a million under 180)",
+                    {"what": "synthesize", "users": users, "seconds": seconds},
+                )
+        if "round" in parts:
+            for users in (FEW, MANY):
+                made = in_process(CONVERT, folder / f"{users}.txt", folder / f"store-{users}")
+                opened = in_process(OPEN, folder / f"store-{users}")
+                said = f"store of {users:,} users, {made['kept']:,} events: made in {made['seconds']} s with {made['peak_rss_bytes'] / 1e6:.0f} MB"
+                say(f"{said}, opened in {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
+            tried = {users: rounds_of(folder / f"store-{users}", folder / f"heads-{users}") for users in (FEW, MANY)}
+            seconds_of: dict[int, list[float]] = {users: [] for users in tried}
+            for number in range(arguments.rounds + 1):
+                for users, one in tried.items():
+                    began = time.perf_counter()
+                    one()
+                    if number:  # the first makes the parts, and the order of the pass
+                        seconds_of[users].append(time.perf_counter() - began)
+            few, many = (statistics.median(seconds_of[users]) for users in (FEW, MANY))
+            ratios = [after / before for before, after in zip(seconds_of[FEW], seconds_of[MANY], strict=True)]
+            row = {"what": "round", "users": [FEW, MANY], "seconds": [round(few, 4), round(many, 4)], "ratio": round(statistics.median(ratios), 4)}
+            say(
+                f"round of {COHORT:,}: {few:.3f} s from {FEW:,}, {many:.3f} s from {MANY:,}; ratio {row['ratio']:.3f} (wanted under 1.1)",
+                row,
+            )
+
+
+if __name__ == "__main__":
+    main()
