@@ -161,8 +161,9 @@ def page() -> str:
     lines = [PAGE_TOP + "\n".join(f"| `{name}` | {ABOUT[name]} |" for name in ENCODERS), "", "## What they cost", ""]
     lines += [
         f"Width 64, window {WINDOW}, 256 negatives a user, chunks of {CHUNK} users, one thread of {cpu}.",
-        "The time is a node's whole work for a user, scores of candidates included; later steps cost more, because users no longer hold the same",
-        f"weights. Parameters are those beside the item table, which has {64 * (ITEMS_IN_ALL + 1):,} here; the upload is that of one user, table included.",
+        "The time is CPU time of a node's whole work for a user, scores of candidates included. From the second step on users no longer hold the same",
+        "weights, which costs most where products are small (`gru4rec` takes one a position); drawing is done once for all steps.",
+        f"Parameters are those beside the item table, which has {64 * (ITEMS_IN_ALL + 1):,} here; the upload is that of one user, table included.",
         "",
         "| encoder | settings | ms a user, one step | ms a user and step, three steps | parameters | upload |",
         "|---|---|---|---|---|---|",
@@ -189,6 +190,11 @@ def page() -> str:
     return "\n".join([*lines, "", PAGE_BOTTOM])
 
 
+def keep(row: dict[str, Any], *, dry: bool) -> None:
+    if not dry:
+        results.append("encoders", row)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each")
@@ -197,20 +203,17 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.trial is None:
-        found = measure(arguments.rounds)
-    else:
-        found = []
-        for name in arguments.trial or ENCODERS:
-            found.append(trial(name))
-            print(found[-1], flush=True)
-    for row in found:
-        if arguments.trial is None:
+        for row in measure(arguments.rounds):
             print(
                 f"{row['encoder']:9s} {row['ms_a_step']:6.3f} ms a user, {row['ms_a_step_of_three']:6.3f} ms a user and step of three, "
                 f"{row['parameters']:7,} parameters, {row['upload_bytes']:9,} bytes up"
             )
-        if not arguments.dry:
-            results.append("encoders", row)
+            keep(row, dry=arguments.dry)
+    else:
+        for name in arguments.trial or ENCODERS:
+            row = trial(name)
+            print(f"{name:9s} NDCG@10 unseen {row['unseen']:.4f}, all {row['all']:.4f}; {row['seconds']:.0f} s", flush=True)
+            keep(row, dry=arguments.dry)
     if not arguments.dry:
         PAGE.write_text(page())
 
