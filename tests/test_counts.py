@@ -119,7 +119,9 @@ def test_the_split_over_nodes_changes_no_number(rows: list[list[int]], seed: int
         assert np.array_equal(getattr(total, name), getattr(whole, name))
 
 
-def test_more_users_than_are_summed_at_once_change_nothing():
+@pytest.mark.parametrize("cells_at_once", [1 << 22, 50])
+def test_more_users_and_cells_than_are_summed_at_once_change_nothing(monkeypatch: pytest.MonkeyPatch, cells_at_once: int):
+    monkeypatch.setattr("fedssl.counts.CELLS_AT_ONCE", cells_at_once)
     rows = [[1 + (user + place) % ITEMS for place in range(6)] for user in range(1100)]
     found = cells_of(summed(rows, CountsConfig(lags=1)))
     expected: dict[tuple[int, int], int] = {}

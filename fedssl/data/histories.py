@@ -208,7 +208,21 @@ def refuse_unknown(item_tokens: Sequence[str], unknown: NDArray[np.int64], catal
 
 
 def take_users(histories: Histories, users: NDArray[np.int64]) -> Histories:
-    """The histories of ``users`` (U',) alone, in the order asked for and with their names: what one node holds."""
+    """The histories of ``users`` (U',) alone, in the order asked for and with their names: what one node holds.
+
+    Users one after the other are a view of the columns (cuts aside): a piece of a store that is memory-mapped stays so.
+    """
+    if len(users) and (np.diff(users) == 1).all():
+        first, end = int(users[0]), int(users[-1]) + 1
+        start, stop = int(histories.cuts[first]), int(histories.cuts[end])
+        names = histories.names
+        return replace(
+            histories,
+            items=histories.items[start:stop],
+            cuts=np.asarray(histories.cuts[first : end + 1]) - start,
+            times=None if histories.times is None else histories.times[start:stop],
+            names=names.between(first, end) if isinstance(names, StoredNames) else names[first:end],
+        )
     lengths = histories.lengths[users]
     cuts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     events = np.arange(cuts[-1]) + np.repeat(histories.cuts[:-1][users] - cuts[:-1], lengths)
@@ -310,8 +324,12 @@ class StoredNames(Sequence[str]):
         """One name, or a tuple of those in a slice."""
         if isinstance(at, slice):
             return tuple(self[user] for user in range(*at.indices(len(self))))
-        user = range(len(self))[at]
+        user = range(len(self))[at]  # IndexError where there is none
         return self._text[self._cuts[user] : self._cuts[user + 1]].tobytes().decode("utf-8", errors="replace")
+
+    def between(self, first: int, end: int) -> StoredNames:
+        """The names of users ``first`` to ``end`` - 1, not decoded either."""
+        return StoredNames(self._text, self._cuts[first : end + 1])
 
 
 @contextmanager

@@ -137,6 +137,19 @@ def test_taken_users_keep_their_events_times_and_names_in_the_order_asked_for():
     assert take_users(small(), np.array([], dtype=np.int64)).num_users == 0
 
 
+def test_taken_users_in_a_row_of_a_store_stay_memory_mapped_and_are_the_same_as_any(tmp_path):
+    write_histories(small(), tmp_path / "store")
+    taken = take_users(open_histories(tmp_path / "store"), np.array([1, 2, 3]))
+    assert isinstance(taken.items, np.memmap) and isinstance(taken.times, np.memmap)
+    for name in ("items", "times"):
+        assert getattr(taken, name).tolist() == getattr(small(), name)[5:9].tolist()
+    assert taken.cuts.tolist() == [0, 1, 4, 4]
+    assert list(taken.names) == ["b", "ć", "d"]
+    slowly = take_users(small(), np.array([3, 2, 1]))
+    assert [taken.of(user).tolist() for user in range(3)] == [slowly.of(2 - user).tolist() for user in range(3)]
+    assert list(take_users(small(), np.array([4])).names) == ["e"]
+
+
 def test_shuffling_in_time_keeps_each_users_events_and_changes_their_order():
     histories = Histories(np.tile(np.arange(1, 51, dtype=np.int32), 2), np.array([0, 50, 100]), np.arange(100.0), ("a", "b"))
     shuffled = shuffled_in_time(histories, seed=3)

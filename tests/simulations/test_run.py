@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedssl_simulations.run import Run, simulate
+from fedssl_simulations.run import Run, heads_of, make_shards, simulate
 from fedssl_simulations.run_files import read_run
 from fedssl_simulations.run_folder import claim, read_lines
 from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
@@ -22,6 +22,7 @@ from fedssl.errors import BudgetSpent, CatalogueMismatch, ConfigError, RunFolder
 from fedssl.evaluation import evaluate
 from fedssl.privacy import accounting
 from fedssl.privacy.ledger import Ledger
+from fedssl.recipe import make_recipe
 from fedssl.recommender import Recommender
 
 CONFIG = small_config(
@@ -220,6 +221,22 @@ def test_changed_settings_are_refused_and_those_of_speed_are_not(whole: Run, tmp
     changed(tmp_path / "run", "rounds = 6", "rounds = 5")
     changed(tmp_path / "run", "workers = 1", "workers = 3")
     assert learned(resume(tmp_path / "run", CONFIG).folder) == learned(whole.folder)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 30])
+def test_heads_are_found_whichever_node_holds_them(tmp_path: Path, shards: int):
+    config = small_config({"head": {"name": "user-vector"}, "system": {"shards": shards}})
+    dataset = small_dataset()
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash)
+    nodes = make_shards(dataset, config, tmp_path)
+    for shard in nodes.values():
+        store = shard.heads(recipe)
+        assert store is not None
+        store.write(shard.users, np.repeat(shard.users[:, None], recipe.encoder.width, axis=1).astype(np.float32), round=1)
+    read = heads_of(nodes, recipe)
+    assert read is not None
+    users = np.array([23, 0, 11, 12, 5])
+    assert read(users)[:, -1].tolist() == users.tolist()
 
 
 def test_more_shards_than_users_are_no_obstacle(tmp_path: Path):
