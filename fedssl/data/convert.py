@@ -41,11 +41,11 @@ def convert(config: DataConfig, folder: Path) -> Dataset:
 
     Guarantees:
       - the bytes of the store are those of ``write_dataset(load_dataset(config), folder)``;
-      - memory does not grow with the events, but with items, users (some bytes each, no text) and the events of one user in ``PARTS``;
-        a split by time, which no store needs, reads all times at once;
+      - memory does not grow with the events, but with items, users (some bytes each; the text of their tokens only in format lines, which looks
+        for users listed twice) and the events of one user in ``PARTS``; a split by time, which no store needs, reads all times at once;
       - temporary files (up to 16 bytes an event, beside the store) are gone at the end, and nothing is left where it fails.
 
-    A reader of one's own gives all events at once, and a store is in memory's reach already: these are loaded and written.
+    A reader of one's own gives all events at once, and a store is loaded as it is: these are written from memory.
     Raises DataError and CatalogueMismatch as `load_dataset` and `write_dataset` do.
     """
     path = find_path(config.path)

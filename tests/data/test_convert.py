@@ -1,4 +1,6 @@
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -9,8 +11,9 @@ from hypothesis import strategies as st
 
 from fedssl.catalogue import Catalogue, write_catalogue
 from fedssl.config import DataConfig
-from fedssl.data.convert import convert
+from fedssl.data.convert import _deal, convert
 from fedssl.data.dataset import load_dataset, write_dataset
+from fedssl.data.readers.blocks import Block
 from fedssl.errors import CatalogueMismatch, DataError, FedSSLError
 
 LINES = "ben lamp tent stove\nanna tent lamp stove rope\ncarl lamp tent\n"
@@ -131,3 +134,23 @@ def test_a_store_and_a_reader_of_ones_own_are_converted_too(tmp_path, monkeypatc
     monkeypatch.syspath_prepend(str(tmp_path))
     own = convert(DataConfig(path=config.path, format="reads_lines:read", min_events=1), tmp_path / "three")
     assert own.histories.fingerprint == made.histories.fingerprint
+
+
+def test_memory_does_not_grow_with_the_tokens_of_users(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedssl.data.convert.EVENTS_AT_ONCE", 1000)
+
+    def peak(blocks: int) -> int:
+        spill = tmp_path / str(blocks)
+        spill.mkdir()
+        tracemalloc.start()
+        _, events, _ = _deal((Block([f"user-{block}-{user}" for user in range(1000)], ["x"] * 1000, None) for block in range(blocks)), spill)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sum(map(sum, events)) == 1000 * blocks
+        return found
+
+    gc.disable()  # what only a cycle keeps would be freed at any time, or never
+    try:
+        assert peak(20) < 1.5 * peak(5)
+    finally:
+        gc.enable()
