@@ -29,7 +29,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [quality("ml-1m"), quality("beauty"), throughput(), memory()]
+    parts = [quality("ml-1m"), quality("beauty"), throughput(), memory(), scale()]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
 
@@ -91,6 +91,24 @@ def memory() -> str:
         return ""
     found = "; ".join(f"{name} {value / 1e6:.0f} MB" for name, value in row["bytes"].items())
     return f"**Memory** at its peak, PSS over all processes (`python simulations/benchmarks/memory.py`): {found}.\n"
+
+
+def scale() -> str:
+    found = []
+    converted = [row for row in results.rows("scale") if row["what"] == "convert"]
+    if converted:
+        row = max(converted, key=lambda row: row["events"])
+        found.append(f"{row['events']:,} events converted in {row['cpu_seconds']:.0f} s of CPU and {row['peak_rss_bytes'] / 1e6:.0f} MB")
+    opened = results.newest("scale", what="open", users=1_000_000)
+    if opened:
+        found.append(f"a store of a million users opened in {opened['seconds']:.2f} s, {opened['added_bytes'] / 1e6:.0f} MB")
+    made = results.newest("scale", what="synthesize")
+    if made:
+        found.append(f"a million users synthesized in {made['seconds']:.0f} s")
+    row = results.newest("scale", what="round")
+    if row:
+        found.append(f"a round of 1,000 with heads {row['seconds'][0]:.2f} s from 10,000 users and {row['seconds'][1]:.2f} s from 1,000,000")
+    return f"**A million users** (`python simulations/benchmarks/scale.py`): {'; '.join(found)}.\n" if found else ""
 
 
 if __name__ == "__main__":
