@@ -2,6 +2,7 @@
 
 - convert: a file of EVENTS random events of a million users, written first; seconds and the peak of the converting process.
   Then the store is opened by a process of its own: seconds, and memory that opening adds.
+- lines: the same for a hundred million events of a million invented users, a line a user.
 - synthesize: `fedssl data synthesize --users 1000000`.
 - round: rounds of 1,000 users with personal heads, from a store of 10,000 and from one of 1,000,000 users of the same world, in turn in one
   process, with the flush and journal of a checkpoint each ten rounds; medians, of seconds and of seconds of CPU (for a machine that is shared).
@@ -81,6 +82,19 @@ def synthesize(users: int, out: Path, *more: str) -> float:
     return time.perf_counter() - began
 
 
+def convert_lines(path: Path, store: Path, say: Callable[[str, dict[str, Any]], None]) -> None:
+    """Convert a file with one line a user, and open the store."""
+    row = in_process(CONVERT, path, store)
+    row |= {"what": "convert", "events": row["kept"], "format": "lines"}
+    peak = row["peak_rss_bytes"] / 1e6
+    say(
+        f"convert {row['events']:,} events of {row['users']:,} users, a line a user: {row['seconds']} s ({row['cpu_seconds']} s of CPU), peak {peak:.0f} MB",
+        row,
+    )
+    opened = in_process(OPEN, store)
+    say(f"open it: {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
+
+
 def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
     """Whole rounds of 1,000 users with heads from a store, one a call."""
     from fedssl_server.rounds import Run, owners, run_rounds
@@ -133,11 +147,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--events", type=int, action="append", help="size of a file to convert; may be repeated (default: 10,000,000)")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", choices=["convert", "synthesize", "round"], help="one part; round makes its stores by itself")
+    parser.add_argument("--only", choices=["convert", "lines", "synthesize", "round"], help="one part; round makes its stores by itself")
     parser.add_argument("--folder", type=Path, help="where files go; they are removed")
     parser.add_argument("--dry", action="store_true", help="do not append to results/")
     arguments = parser.parse_args()
-    parts = [arguments.only] if arguments.only else ["convert", "synthesize", "round"]
+    parts = [arguments.only] if arguments.only else ["convert", "lines", "synthesize", "round"]
 
     def say(text: str, row: dict[str, Any]) -> None:
         print(text, flush=True)
@@ -155,6 +169,10 @@ def main() -> None:
             (folder / "events.tsv").unlink()
             opened = in_process(OPEN, folder / f"store-{events}")
             say(f"open it: {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
+        if "lines" in parts:
+            synthesize(MANY, folder / "people.txt", "--items", "2000", "--events", "100")
+            convert_lines(folder / "people.txt", folder / "store-lines", say)
+            (folder / "people.txt").unlink()
         if "synthesize" in parts:
             seconds = round(synthesize(MANY, folder / "people.txt"), 1)
             say(f"synthesize {MANY:,} users: {seconds} s (wanted under 180)", {"what": "synthesize", "users": MANY, "seconds": seconds})
