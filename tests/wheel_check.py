@@ -88,7 +88,7 @@ def main() -> None:
         elsewhere = folder / "elsewhere"
         elsewhere.mkdir()
         run([str(programs / "fedssl"), "data", "synthesize", "histories.txt"], cwd=elsewhere)
-        print(run([str(programs / "fedssl"), "simulate", "demo", "--set", "data.path=histories.txt", "--baselines", "--out", "demo"], cwd=elsewhere), flush=True)
+        print(run([str(programs / "fedssl"), "simulate", "demo", "--baselines", "--set=data.path=histories.txt", "--out=demo"], cwd=elsewhere), flush=True)
         shutil.copy(ROOT / "tests" / "everything_on.py", elsewhere)
         print(run([str(programs / "python"), "-c", FEDERATION], cwd=elsewhere, seconds=600), end="")
 
