@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
+from fedssl.disk import sync
 from fedssl.errors import CatalogueMismatch, CheckpointError, DataError, FedSSLError
 from fedssl.parts import make_parts
 from fedssl.recipe import Recipe, read_recipe
@@ -87,9 +88,9 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, bes
     }
     (beside / "state.json").write_text(json.dumps(about, indent=1))
     for path in [*beside.iterdir(), beside]:
-        _sync(path)
+        sync(path)
     os.rename(beside, target)
-    _sync(folder)
+    sync(folder)
     for old in list_checkpoints(folder)[:-keep]:
         if old != target and not (best and old.name == name_of_round(best)):
             # Renamed first: a removal takes many steps, and what is half removed must not look like a checkpoint.
@@ -166,11 +167,3 @@ def _check_counts(path: Path, counts: Counts, num_items: int) -> None:
     is_whole = is_whole and columns.shape == values.shape == cells and starts[0] == 0 and starts[-1] == cells[0] and bool((np.diff(starts) >= 0).all())
     if not is_whole or (len(columns) and not 1 <= columns.min() <= columns.max() <= num_items):
         raise CheckpointError(f"{path}: not a matrix of {num_items} items by rows; it was changed, use another checkpoint")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

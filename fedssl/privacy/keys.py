@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedssl import seeds
+from fedssl.disk import sync
 from fedssl.errors import RunFolderError
 from fedssl.privacy.stream import open_stream
 
@@ -52,12 +53,12 @@ def make_keys(folder: Path) -> Keys:
                 file.write(secrets.token_bytes(KEY_BYTES))
                 file.flush()
                 os.fsync(file.fileno())
-        _sync_folder(beside)
+        sync(beside)
         os.rename(beside, target)  # Fails where another process was faster: a folder with files is never replaced.
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunFolderError(f"{target}: keys could not be written ({error}); check space and rights, and that no other run starts here") from error
-    _sync_folder(folder)
+    sync(folder)
     return read_keys(folder)
 
 
@@ -127,11 +128,3 @@ def _order_of_pass(seed: int, number: int, num_users: int) -> NDArray[np.int64]:
 def _uniform(base: int, num_users: int) -> NDArray[np.float64]:
     users_U = np.arange(num_users, dtype=np.int64)
     return seeds.uniform(seeds.keys_of_users(base, users_U), 1)[:, 0]
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

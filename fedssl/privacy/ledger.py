@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedssl.disk import sync
 from fedssl.errors import RunFolderError
 from fedssl.privacy.plan import Plan
 from fedssl.records import SparseSum
@@ -164,7 +165,7 @@ class Ledger:
                     self._write(file, head)
                 self._write(file, entry)
             if is_new:
-                _sync_folder(self.path.parent)
+                sync(self.path.parent)
         except OSError as error:
             raise RunFolderError(
                 f"{self.path}: the attempt could not be written down ({error}), nothing is drawn; check space and rights, then resume"
@@ -242,11 +243,3 @@ def hmac_of_totals(key: bytes, totals: Mapping[str, NDArray[Any] | SparseSum]) -
         for array in arrays:
             mac.update(np.ascontiguousarray(array, dtype="<i8").data)
     return mac.hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

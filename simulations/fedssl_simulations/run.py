@@ -30,6 +30,7 @@ from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import Histories, take_users
+from fedssl.disk import sync
 from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.parts import make_parts
@@ -43,7 +44,7 @@ from fedssl_simulations.diagnostics import contrast_facts
 from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run_files import read_written_run, write_run
-from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, sync, write_whole
+from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, write_whole
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -46,12 +46,6 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
         file.write(json.dumps(values) + "\n")
 
 
-def sync(path: Path) -> None:
-    """Wait until what was appended to a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The whole lines of a file of JSON objects; a torn last line is left out."""
     if not path.exists():
