@@ -55,7 +55,10 @@ def train_centrally(recipe: Recipe, histories: Histories, *, on_step: Callable[[
             dropout=recipe.encoder.dropout,
             seed=recipe.seed,
         )
-        update = {**{name: leaf[0] for name, leaf in trained.update.items()}, ITEMS: _all_rows(trained.items, trained.rows_UK, recipe.num_items)}
+        # One user, and the whole catalogue as its rows: `_as_one_user`.
+        assert trained.rows_UK is None
+        assert trained.items.shape[:2] == (1, recipe.num_items + 1)
+        update = {**{name: leaf[0] for name, leaf in trained.update.items()}, ITEMS: trained.items[0]}
         flat_P, memory = parts.optimizer.step(flat_P, flatten(update, parts.layout), memory, learning_rate(recipe.server, step), step)
         average_P = average_late(recipe.server, average_P, flat_P, step)
         on_step(step, float(trained.loss_U[0]))
@@ -83,12 +86,6 @@ def _as_one_user(batch: Batch) -> Batch:
         bias_UN=None,
         positions_U=batch.positions_U.sum(keepdims=True),
     )
-
-
-def _all_rows(items_UKD: Tensor, rows_UK: Tensor | None, num_items: int) -> Tensor:
-    assert rows_UK is None
-    assert items_UKD.shape[1] == num_items + 1
-    return items_UKD[0]
 
 
 def each_alone(
