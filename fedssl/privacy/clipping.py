@@ -31,9 +31,17 @@ class GridTotal:
 
     def __init__(self, layout: Layout):
         self.layout = layout
-        self.total_P = torch.zeros(layout.num_weights, dtype=torch.int64)
+        self._total_P = torch.zeros(layout.num_weights, dtype=torch.int64)
         self._block_P = torch.zeros(layout.num_weights, dtype=torch.int32)
         self._users = 0
+        table = layout.shapes[layout.names.index(ITEMS)]
+        self._scaled_KD, self._steps_KD = torch.empty(table), torch.empty(table, dtype=torch.int32)
+
+    @property
+    def total_P(self) -> Tensor:
+        """The sum so far, int64."""
+        self._flush()
+        return self._total_P
 
     def add(self, trained: Trained, *, clip_norm: float | None, step: float, weight_U: Tensor) -> Clipped:
         """Clip, round and add the updates of a chunk.
@@ -76,19 +84,20 @@ class GridTotal:
                 self._flush()
             self._users += len(norm_B)
             self._block_P[:split] += (body_BP * scale_B[:, None]).to(torch.int32).sum(0, dtype=torch.int32)
-            steps_BKD = (items_BKD * scale_B[:, None, None]).to(torch.int32)
             table = self._block_P[split:].view(-1, D)
             if trained.rows_UK is None:
-                table += steps_BKD.sum(0, dtype=torch.int32)
+                # A user at a time, in memory that stays: whole tables of many users leave the cache, and fresh pages cost more than the sums.
+                for items_KD, scale in zip(items_BKD, scale_B, strict=True):
+                    table += self._steps_KD.copy_(torch.mul(items_KD, scale, out=self._scaled_KD))
             else:
+                steps_BKD = (items_BKD * scale_B[:, None, None]).to(torch.int32)
                 table.index_add_(0, trained.rows_UK[part].reshape(-1), steps_BKD.view(-1, D))
             norms.append(norm_B)
             broken.append(is_broken_B)
-        self._flush()
         return Clipped(torch.cat(norms), torch.cat(broken))
 
     def _flush(self) -> None:
-        self.total_P += self._block_P
+        self._total_P += self._block_P
         self._block_P.zero_()
         self._users = 0
 
