@@ -83,6 +83,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, bes
         "charged": dict(state.charged),
         "counts": state.counts is not None,
         "average": state.average_P is not None,
+        "clip_norm": state.clip_norm,
         "run": checkpoint.run,
         "fingerprint": checkpoint.fingerprint,
     }
@@ -130,6 +131,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         counts = Counts(**load_file(folder / "counts.safetensors")) if about["counts"] else None
         phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
         run, fingerprint = str(about["run"]), str(about["fingerprint"])
+        clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read whole ({error}); it was cut short or changed, use another checkpoint") from None
     except DataError:
@@ -142,13 +144,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         _check_counts(folder / "counts.safetensors", counts, recipe.num_items)
     if has_average != (phase == "training" and 0 < recipe.server.average_from <= round_):
         raise CheckpointError(f"{folder}: state.json and recipe.json disagree on whether late rounds are averaged; one was changed, use another checkpoint")
+    if (clip_norm is not None) != (recipe.privacy.clip == "adaptive"):
+        raise CheckpointError(f"{folder}: state.json and recipe.json disagree on whether the clip is adaptive; one was changed, use another checkpoint")
     layout = make_parts(recipe).layout
     _check_shapes(folder / "weights.safetensors", weights, dict(zip(layout.names, layout.shapes, strict=True)))
     _check_shapes(folder / "training.safetensors", training, dict(zip(layout.names, layout.shapes, strict=True)))
     expected = make_parts(recipe).optimizer.init(layout.num_weights)
     _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
     average_P = flatten(from_numpy(weights), layout) if has_average else None
-    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P)
+    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P, clip_norm)
     return Checkpoint(state, recipe, catalogue, run, fingerprint)
 
 

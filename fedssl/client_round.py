@@ -25,6 +25,7 @@ from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
 from fedssl.local_training import Batch, make_batch, train_users
 from fedssl.parts import Parts, make_parts
+from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
 from fedssl.privacy.clipping import GridTotal
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, check_manifest, declared_sums
 from fedssl.recipe import Recipe
@@ -92,7 +93,7 @@ def open_shard(folder: Path) -> Shard:
 class ClientPhase(NamedTuple):
     """What a node does in a phase: which sums may leave, and how they come about."""
 
-    declared: Callable[[Recipe, Parts, int], dict[str, DeclaredSum]]
+    declared: Callable[[Download, Parts], dict[str, DeclaredSum]]
     run: Callable[[Download, Parts, Shard, NDArray[np.int64]], dict[str, Ints | SparseSum]]
 
 
@@ -117,7 +118,7 @@ def client_round(download: Download, shard: Shard) -> Upload:
         # Named twice, a user would be added twice, beyond the clip.
         raise WireError("the Download names users out of order, or one twice; users are sorted and distinct")
     sums = phase.run(download, parts, shard, users)
-    check_manifest(sums, phase.declared(download.recipe, parts, download.address.exchange), most_users=max(len(users), 1))
+    check_manifest(sums, phase.declared(download, parts), most_users=max(len(users), 1))
     return Upload(address=download.address, recipe=download.recipe.hash, sums=sums)
 
 
@@ -138,6 +139,7 @@ class _ChunkResult:
     heads_UD: NDArray[np.float32] | None
     weight_steps: int
     loss_steps: int
+    within_steps: int
     norms_U: NDArray[np.float64]
     losses_U: NDArray[np.float64]
     broken: int
@@ -149,7 +151,7 @@ def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.
     if heads is not None:
         heads.begin(address.round, settled=download.settled)
     weights = from_numpy(download.tensors)
-    declared = declared_sums(recipe, "training", num_weights=parts.layout.num_weights)
+    declared = _training_sums(download, parts)
     chunks = cut_chunks(shard, users)
 
     def train_some(mine: list[NDArray[np.int64]]) -> tuple[GridTotal, list[_ChunkResult]]:
@@ -181,6 +183,7 @@ def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.
         "update": _narrow(total_P.numpy()),
         "weight": np.array([sum(result.weight_steps for result in results)], dtype=np.int64),
         "loss": np.array([sum(result.loss_steps for result in results)], dtype=np.int64),
+        WITHIN: np.array([sum(result.within_steps for result in results)], dtype=np.int64),
     }
     return {name: value for name, value in sums.items() if name in declared}
 
@@ -231,11 +234,9 @@ def _train_chunk(
         head_lr=recipe.head.lr,
     )
     # Without a plan the weight is a declared sum: whole steps, so that numerator and denominator agree exactly.
-    steps_U = np.rint(_shares(recipe, batch, shard, users_U) / WEIGHT_STEP).astype(np.int64)
-    if recipe.privacy.has_plan:
-        weight_U = torch.ones(len(users_U))
-    else:
-        weight_U = torch.from_numpy((steps_U * WEIGHT_STEP).astype(np.float32))
+    steps_U = np.full(len(users_U), round(1 / WEIGHT_STEP)) if recipe.privacy.has_plan else np.rint(_shares(recipe, batch, shard, users_U) / WEIGHT_STEP)
+    steps_U = steps_U.astype(np.int64)
+    weight_U = torch.from_numpy((steps_U * WEIGHT_STEP).astype(np.float32))
     update = declared["update"]
     clipped = total.add(trained, clip_norm=update.clip_norm, step=update.step, weight_U=weight_U)
     is_well_U = ~clipped.is_broken_U.numpy()
@@ -244,11 +245,17 @@ def _train_chunk(
     if "loss" in declared:
         counted_U = np.where(is_well_U & np.isfinite(losses_U), losses_U, 0.0).clip(0.0, 100.0) * steps_U * WEIGHT_STEP
         loss_steps = int(np.rint(counted_U / declared["loss"].step).sum())
+    within_steps = 0
+    if WITHIN in declared:
+        # Half a step of weight either way; a broken user says nothing.
+        is_within_U = clipped.norms_U.numpy() <= update.clip_norm
+        within_steps = int(np.where(is_within_U, steps_U, -steps_U)[is_well_U].sum()) * round(WITHIN_CLIP * WEIGHT_STEP / WITHIN_STEP)
     new_UD = None
     if heads_UD is not None and trained.heads_UD is not None:
         is_finite_U1 = trained.heads_UD.isfinite().all(1, keepdim=True) & ~clipped.is_broken_U[:, None]
         new_UD = torch.where(is_finite_U1, trained.heads_UD, heads_UD).numpy()
-    return _ChunkResult(places, new_UD, int(steps_U[is_well_U].sum()), loss_steps, clipped.norms_U.numpy(), losses_U, int(clipped.is_broken_U.sum()))
+    weight_steps, broken = int(steps_U[is_well_U].sum()), int(clipped.is_broken_U.sum())
+    return _ChunkResult(places, new_UD, weight_steps, loss_steps, within_steps, clipped.norms_U.numpy(), losses_U, broken)
 
 
 def _shares(recipe: Recipe, batch: Batch, shard: Shard, users_U: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -270,12 +277,12 @@ def _narrow(total: NDArray[np.int64]) -> Ints:
     return total.astype(np.int32) if largest < 2**31 else total
 
 
-def _training_sums(recipe: Recipe, parts: Parts, exchange: int) -> dict[str, DeclaredSum]:
-    return declared_sums(recipe, "training", num_weights=parts.layout.num_weights)
+def _training_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
+    return declared_sums(download.recipe, "training", num_weights=parts.layout.num_weights, clip_norm=download.clip_norm)
 
 
-def _counts_sums(recipe: Recipe, parts: Parts, exchange: int) -> dict[str, DeclaredSum]:
-    return declared_sums(recipe, "counts", num_weights=0)
+def _counts_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
+    return declared_sums(download.recipe, "counts", num_weights=0)
 
 
 CLIENT_PHASES: dict[str, ClientPhase] = {"counts": ClientPhase(_counts_sums, _counts), "training": ClientPhase(_training_sums, _training)}

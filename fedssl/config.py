@@ -176,6 +176,16 @@ class PrivacyConfig(Settings):
     """What the run promises each user. Printed in every report."""
 
     clip_norm: float | None = Field(None, ge=1e-12, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
+    clip: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="fixed: clip_norm in all rounds; adaptive: in the first one, then it follows a quantile of the users' norms"
+    )
+    clip_quantile: float = Field(0.5, gt=0.0, lt=1.0, description="adaptive: share of users whose update is to pass unshortened")
+    clip_rate: float = Field(
+        0.2, gt=0.0, le=10.0, description="adaptive: a round multiplies the clip by exp(-clip_rate * (share of users within it - clip_quantile))"
+    )
+    clip_share: float = Field(
+        0.01, gt=0.0, lt=1.0, description="adaptive, under a plan: share of a round's privacy (of 1/z^2) that the number of users within the clip takes"
+    )
     noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on the cohort's sum; 0: no plan unless `epsilon` is given")
     counts_noise_multiplier: float = Field(0.0, ge=0.0, description="The same for the counts; needed with `noise_multiplier` where [counts] is on")
     epsilon: float | None = Field(None, gt=0.0, description="Target epsilon of the whole run: noise is solved for it; None: noise is given")
@@ -190,6 +200,8 @@ class PrivacyConfig(Settings):
     def _noise_needs_a_clip(self) -> PrivacyConfig:
         if self.has_plan and self.clip_norm is None:
             raise ValueError("noise without a clip promises nothing; set clip_norm")
+        if self.clip == "adaptive" and self.clip_norm is None:
+            raise ValueError("clip = 'adaptive' needs a clip for the first round; set clip_norm")
         if self.epsilon is not None and self.noise_multiplier > 0:
             raise ValueError("epsilon and noise_multiplier are both given; give one, the other follows from it")
         return self

@@ -48,6 +48,7 @@ class Download:
     ``tensors``: the shared weights (and, in later exchanges of a round, what the first one summed). ``users``: the chosen
     users of a node inside the trust boundary; None asks the whole node (a device of one user is only asked when chosen).
     ``settled``: the newest training round that a durable checkpoint holds; heads need no way back beyond it.
+    ``clip_norm``: the clip of this round where the recipe's is adaptive, else None.
     """
 
     address: Address
@@ -55,6 +56,7 @@ class Download:
     tensors: dict[str, NDArray[np.float32]]
     users: NDArray[np.int64] | None = None
     settled: int = 0
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)

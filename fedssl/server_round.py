@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedssl.counts import Counts, from_cells, keep_top
 from fedssl.parts import initial_weights, make_parts
+from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_STEP, next_clip
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums
 from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan
@@ -34,7 +35,7 @@ class State:
     """Where a run stands: the round of ``phase`` that was last finished (0: none), and what was learned.
 
     ``average_P``: the mean of late rounds' weights, where the recipe asks for one and it has begun. Training goes on from
-    ``weights_P``; what is released is the mean.
+    ``weights_P``; what is released is the mean. ``clip_norm``: the next training round's clip where it is adaptive, else None.
     """
 
     phase: str
@@ -44,6 +45,7 @@ class State:
     counts: Counts | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
     average_P: Tensor | None = None
+    clip_norm: float | None = None
 
     def weights(self, recipe: Recipe) -> Weights:
         """Named views of the weights that training goes on from."""
@@ -64,8 +66,8 @@ class Release:
     plan: Plan | None = None
     noise_key: bytes | None = field(default=None, repr=False)
 
-    def noise(self, name: str, count: int, *, block: int = 0) -> NDArray[np.int64] | None:
-        """Noise for the sum ``name`` in whole steps; None without a plan."""
+    def noise(self, name: str, count: int, *, block: int = 0, clip_norm: float | None = None) -> NDArray[np.int64] | None:
+        """Noise for the sum ``name`` in whole steps; None without a plan. ``clip_norm``: the round's, where it is not the plan's."""
         if self.plan is None:
             return None
         assert self.noise_key is not None
@@ -77,7 +79,7 @@ class Release:
             name=name,
             block=block,
             count=count,
-            std_in_steps=self.plan.noise_std_in_steps(self.phase, name),
+            std_in_steps=self.plan.noise_std_in_steps(self.phase, name, clip_norm=clip_norm),
         )
 
 
@@ -94,7 +96,7 @@ class ServerPhase(NamedTuple):
     rounds: int
     exchanges: int
     tensors: Callable[[State], dict[str, NDArray[np.float32]]]
-    declared: Callable[[int], dict[str, DeclaredSum]]
+    declared: Callable[[State, int], dict[str, DeclaredSum]]
     middle: Callable[[State, Totals, int], dict[str, NDArray[np.float32]]]
     finish: Callable[[State, Totals, Release], State]
 
@@ -103,7 +105,8 @@ def first_state(recipe: Recipe) -> State:
     """The state before the first round."""
     parts = make_parts(recipe)
     weights_P = flatten(initial_weights(recipe), parts.layout)
-    return State("", 0, weights_P, parts.optimizer.init(parts.layout.num_weights))
+    clip_norm = recipe.privacy.clip_norm if recipe.privacy.clip == "adaptive" else None
+    return State("", 0, weights_P, parts.optimizer.init(parts.layout.num_weights), clip_norm=clip_norm)
 
 
 def phases_of(recipe: Recipe) -> tuple[ServerPhase, ...]:
@@ -113,7 +116,7 @@ def phases_of(recipe: Recipe) -> tuple[ServerPhase, ...]:
         rounds=recipe.server.rounds,
         exchanges=1,
         tensors=lambda state: to_numpy(state.weights(recipe)),
-        declared=lambda exchange: declared_sums(recipe, "training", num_weights=make_parts(recipe).layout.num_weights),
+        declared=lambda state, exchange: _training_sums(recipe, state),
         middle=_no_middle,
         finish=lambda state, totals, release: finish_training(recipe, state, totals, release),
     )
@@ -124,11 +127,15 @@ def phases_of(recipe: Recipe) -> tuple[ServerPhase, ...]:
         rounds=1,
         exchanges=1,
         tensors=lambda state: {},
-        declared=lambda exchange: declared_sums(recipe, "counts", num_weights=0),
+        declared=lambda state, exchange: declared_sums(recipe, "counts", num_weights=0),
         middle=_no_middle,
         finish=lambda state, totals, release: finish_counts(recipe, state, totals, release),
     )
     return (counts, training)
+
+
+def _training_sums(recipe: Recipe, state: State) -> dict[str, DeclaredSum]:
+    return declared_sums(recipe, "training", num_weights=make_parts(recipe).layout.num_weights, clip_norm=state.clip_norm)
 
 
 def _no_middle(state: State, totals: Totals, exchange: int) -> dict[str, NDArray[np.float32]]:
@@ -160,24 +167,25 @@ def _add_sparse(left: SparseSum, right: SparseSum) -> SparseSum:
 
 
 def finish_training(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:
-    """New weights from the round's sums, and the mean of late rounds' weights where the recipe asks for it.
+    """New weights from the round's sums, the mean of late rounds' weights and the next clip where the recipe asks for them.
 
     Under a plan the noised sum is divided by the EXPECTED cohort, whose size says nothing; an empty cohort is noise alone.
     Without one it is divided by the summed weights of those who came; a round in which nobody came changes nothing.
     """
     parts = make_parts(recipe)
-    step = declared_sums(recipe, "training", num_weights=parts.layout.num_weights)["update"].step
+    step = _training_sums(recipe, state)["update"].step
     total = totals.get("update")
-    noise = release.noise("update", parts.layout.num_weights)
+    noise = release.noise("update", parts.layout.num_weights, clip_norm=state.clip_norm)
     if noise is not None:
         assert release.plan is not None
-        summed = noise if total is None else _dense(total) + noise
-        mean = summed * (step / release.plan.expected_cohort(release.phase))
+        summed, users = noise if total is None else _dense(total) + noise, release.plan.expected_cohort(release.phase)
     else:
-        weight = int(_dense(totals["weight"])[0]) * WEIGHT_STEP if total is not None else 0.0
-        if total is None or weight == 0.0:
+        users = int(_dense(totals["weight"])[0]) * WEIGHT_STEP if total is not None else 0.0
+        if total is None or users == 0.0:
             return _after(recipe, state, release, state.weights_P, state.memory)
-        mean = _dense(total) * (step / weight)
+        summed = _dense(total)
+    mean = summed * (step / users)
+    state = replace(state, clip_norm=_clip_after(recipe, state, totals, release, users))
     mean_P = torch.from_numpy(mean.astype(np.float32))
     # Row 0 is padding: it is never read, and noise must not move it.
     first = parts.layout.slice_of(ITEMS).start
@@ -192,6 +200,16 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
 def _after(recipe: Recipe, state: State, release: Release, weights_P: Tensor, memory: Memory) -> State:
     average_P = average_late(recipe.server, state.average_P, weights_P, release.round)
     return replace(state, phase=release.phase, round=release.round, weights_P=weights_P, memory=memory, average_P=average_P)
+
+
+def _clip_after(recipe: Recipe, state: State, totals: Totals, release: Release, users: float) -> float | None:
+    """The next round's clip, from the (noised) number of users within this one's."""
+    privacy = recipe.privacy
+    if state.clip_norm is None:
+        return None
+    steps, noise = _dense(totals.get(WITHIN, np.zeros(1, dtype=np.int64))), release.noise(WITHIN, 1)
+    within = int(steps[0] if noise is None else steps[0] + noise[0]) * WITHIN_STEP
+    return next_clip(state.clip_norm, within, users, quantile=privacy.clip_quantile, rate=privacy.clip_rate)
 
 
 def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:

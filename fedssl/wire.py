@@ -24,6 +24,7 @@ from safetensors.numpy import save
 
 from fedssl import __version__
 from fedssl.errors import ConfigError, WireError
+from fedssl.privacy.adaptive_clip import LARGEST_CLIP, SMALLEST_CLIP
 from fedssl.recipe import RECIPE_FORMAT, Recipe, read_recipe
 from fedssl.records import Address, Download, Ints, SparseSum, Upload
 
@@ -180,7 +181,8 @@ def _take_apart(record: Download | Upload) -> tuple[str, Tensors]:
             tensors[f"tensor/{name}"] = _plain(record.tensors[name], name=name)
         if record.users is not None:
             tensors["users"] = _plain(record.users, name="users")
-        return _header("download", address=address, recipe=record.recipe.canonical, settled=record.settled), tensors
+        clip = {} if record.clip_norm is None else {"clip_norm": float(record.clip_norm)}
+        return _header("download", address=address, recipe=record.recipe.canonical, settled=record.settled, **clip), tensors
     shapes: dict[str, list[int]] = {}
     for name in sorted(record.sums):
         value = record.sums[name]
@@ -200,7 +202,8 @@ def _make_download(header: str, tensors: Tensors) -> Download:
     if len(named) != len(tensors):
         raise WireError(f"download: {len(tensors) - len(named)} tensors that belong nowhere; was it written by fedssl?")
     settled = _number(values, "settled")
-    return Download(_address(values), _recipe(_get(values, "recipe", str)), named, users=users, settled=settled)
+    clip_norm = _clip_norm(values)
+    return Download(_address(values), _recipe(_get(values, "recipe", str)), named, users=users, settled=settled, clip_norm=clip_norm)
 
 
 def _make_upload(header: str, tensors: Tensors) -> Upload:
@@ -304,6 +307,13 @@ def _number(values: Mapping[str, Any], name: str) -> int:
     if type(number) is not int or not 0 <= number < 2**63:
         raise WireError(f"record: {name} is not a whole number from 0 to 2^63")
     return number
+
+
+def _clip_norm(values: Mapping[str, Any]) -> float | None:
+    clip = values.get("clip_norm")
+    if clip is not None and (type(clip) is not float or not SMALLEST_CLIP <= clip <= LARGEST_CLIP):
+        raise WireError(f"download: clip_norm is no number from {SMALLEST_CLIP:g} to {LARGEST_CLIP:g}")
+    return clip
 
 
 def _name(values: Mapping[str, Any], name: str) -> str:

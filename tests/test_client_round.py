@@ -59,7 +59,7 @@ def test_without_a_plan_update_weight_and_loss_leave_and_under_one_the_update_al
 def test_no_user_leaves_longer_than_the_clip_norm():
     config = small_config(PLAN, {"local": {"lr": 50.0, "steps": 2}})
     download = ask(config, small_dataset(), [])
-    step = CLIENT_PHASES["training"].declared(download.recipe, _parts(download), 0)["update"].step
+    step = CLIENT_PHASES["training"].declared(download, _parts(download))["update"].step
     shard = shard_of(config, small_dataset())
     norms = [squared_norm(dense(client_round(replace(download, users=np.array([user])), shard))) ** 0.5 * step for user in range(24)]
     assert 0.499 < max(norms) <= 0.5

@@ -54,7 +54,8 @@ def sparse_sums(draw: st.DrawFn) -> SparseSum:
 
 
 users = st.none() | arrays(np.int64, st.integers(0, 4))
-downloads = st.builds(Download, addresses, st.just(RECIPE), st.dictionaries(names, leaves, max_size=3), users=users, settled=st.integers(0, 9))
+clips = st.none() | st.floats(1e-12, 1e12)
+downloads = st.builds(Download, addresses, st.just(RECIPE), st.dictionaries(names, leaves, max_size=3), users=users, settled=st.integers(0, 9), clip_norm=clips)
 uploads = st.builds(Upload, addresses, st.just(RECIPE.hash), st.dictionaries(names, sums | sparse_sums(), max_size=3))
 
 
@@ -179,6 +180,7 @@ def test_another_format_number_says_who_must_upgrade():
         {"address": {"run": "\ud800", "phase": "p", "round": 1, "attempt": 0, "exchange": 0}},
         {"address": {"run": "r" * 2000, "phase": "p", "round": 1, "attempt": 0, "exchange": 0}},
         {"settled": 1.5},
+        *({"clip_norm": wrong} for wrong in (0.0, -1.0, 1e-13, 1e13, float("nan"), float("inf"), 1, "1", True)),
         {"recipe": ""},
         {"recipe": "[" * 100_000},
         {"recipe": RECIPE.canonical.replace(":", ": ")},

@@ -87,11 +87,11 @@ def solve_noise(epsilon_target: float, delta: float, q: float, n: int, other_eve
                 crossing = (low + high) / 2
         here = crossing
     assert high - low <= 8e-4, "epsilon does not fall with the noise"
-    return _round_up(math.exp(high))
+    return round_up(math.exp(high))
 
 
-def _round_up(value: float, digits: int = 5) -> float:
-    """Up to five significant digits, so that another machine's last bits solve to the same number."""
+def round_up(value: float, digits: int = 5) -> float:
+    """``value`` up to that many significant digits, so that another machine's last bits solve to the same number."""
     unit = 10.0 ** (math.floor(math.log10(value)) + 1 - digits)
     return float(f"{math.ceil(value / unit) * unit:.{digits}g}")
 

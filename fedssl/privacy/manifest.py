@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedssl.errors import ConfigError, UploadRefused
+from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
 from fedssl.privacy.grid import LARGEST_COORDINATE, grid_step
 from fedssl.recipe import Recipe
 from fedssl.records import SparseSum
@@ -44,27 +45,33 @@ class DeclaredSum:
     largest: int = LARGEST_COORDINATE
 
 
-def declared_sums(recipe: Recipe, phase: str, num_weights: int) -> dict[str, DeclaredSum]:
+def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: float | None = None) -> dict[str, DeclaredSum]:
     """All that may leave a node in ``phase`` under ``recipe``; ``num_weights``: coordinates of the shared weights, flat.
 
     - counts: "counts", sparse, (I + 1, I + 1).
     - training: "update", (num_weights,); only without a plan also "weight" and "loss", (1,) each: sums of the users'
-      weights, each in [0, 1], and of their losses.
-    Steps follow the clip; without one, those of updates follow ``local.grid_step``.
+      weights, each in [0, 1], and of their losses. With an adaptive clip also "within_clip", (1,): +1/2 or -1/2 a user.
+    Steps follow the clip; without one, those of updates follow ``local.grid_step``. ``clip_norm``: that of the round where
+    the recipe's is adaptive, else None.
 
-    Raises ConfigError for a phase that the recipe does not have.
+    Raises ConfigError for a phase that the recipe does not have, and for a round's clip where there should be none, or the reverse.
     """
     if phase == "counts" and recipe.counts is not None:
         clip_norm, side = recipe.counts.clip_norm, recipe.num_items + 1
         step = COUNTS_STEP if clip_norm is None else grid_step(clip_norm)
         return {"counts": DeclaredSum("counts", (side, side), "sparse", "int", clip_norm, step, smallest=0)}
     if phase == "training":
-        clip_norm = recipe.privacy.clip_norm
+        is_adaptive = recipe.privacy.clip == "adaptive"
+        if is_adaptive != (clip_norm is not None):
+            raise ConfigError(f"[privacy] clip = '{recipe.privacy.clip}', and the round's clip is {clip_norm}; server and recipe contradict one another")
+        clip_norm = clip_norm if is_adaptive else recipe.privacy.clip_norm
         step = recipe.local.grid_step if clip_norm is None else grid_step(clip_norm)
         sums = [DeclaredSum("update", (num_weights,), "dense", "int", clip_norm, step)]
         if not recipe.privacy.has_plan:
             sums.append(DeclaredSum("weight", (1,), "dense", "int", None, WEIGHT_STEP, smallest=0, largest=round(1 / WEIGHT_STEP)))
             sums.append(DeclaredSum("loss", (1,), "dense", "int", None, LOSS_STEP))
+        if is_adaptive:
+            sums.append(DeclaredSum(WITHIN, (1,), "dense", "int", WITHIN_CLIP, WITHIN_STEP))
         return {one.name: one for one in sums}
     known = "counts, training" if recipe.counts is not None else "training"
     raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")

@@ -17,6 +17,7 @@ from typing import Any
 from fedssl.config import CountsConfig, PrivacyConfig, ServerConfig
 from fedssl.errors import BudgetSpent, ConfigError
 from fedssl.privacy import accounting
+from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP
 from fedssl.privacy.grid import grid_step
 
 
@@ -92,11 +93,12 @@ class Plan:
         if spent > self.promised:
             raise BudgetSpent(spent=spent, promised=self.promised, round_number=round_number)
 
-    def noise_std_in_steps(self, phase: str, name: str) -> float:
-        """Deviation of the noise on the cohort's sum of that name, in steps of its grid: z * C / step."""
+    def noise_std_in_steps(self, phase: str, name: str, *, clip_norm: float | None = None) -> float:
+        """Deviation of the noise on the cohort's sum of that name, in steps of its grid: z * C / step. ``clip_norm``: the round's, where it is adaptive."""
         one = self.sum(phase, name)
-        assert one.clip_norm is not None
-        return one.noise_multiplier * one.clip_norm / one.step
+        clip, step = (one.clip_norm, one.step) if clip_norm is None else (clip_norm, grid_step(clip_norm))
+        assert clip is not None
+        return one.noise_multiplier * clip / step
 
     def expected_cohort(self, phase: str) -> float:
         """What a mean divides by, whoever came: the actual size of the cohort is private."""
@@ -127,7 +129,7 @@ class Plan:
         """The promise in plain words, one sentence a line."""
         sums = [
             f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {'every user' if phase.rate == 1 else f'each user with chance {phase.rate:.4g}'}; "
-            f"{one.name} clipped to {one.clip_norm:g}, noise {one.noise_multiplier:.4g} times that on the sum"
+            f"{one.name} clipped to {one.clip_norm:g}{self._later(phase, one)}, noise {one.noise_multiplier:.4g} times that on the sum"
             for phase in self.phases
             for one in phase.sums
         ]
@@ -137,6 +139,11 @@ class Plan:
             f"but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
         )
         return "\n".join([promise, *sums, *self._caveats()])
+
+    @staticmethod
+    def _later(phase: PhasePlan, one: SumPlan) -> str:
+        is_adaptive = one.name == "update" and any(other.name == WITHIN for other in phase.sums)
+        return " in the first round, later to what the noised number of users within it makes of that" if is_adaptive else ""
 
     def _events(self, charged: Mapping[str, int]) -> list[tuple[PhasePlan, int]]:
         for name in charged:
@@ -186,8 +193,8 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     noise, counts_noise = _noise(privacy, server, counts, rate)
     phases = []
     if counts is not None:
-        phases.append(_phase("counts", 1, 1.0, float(num_users), "counts", counts.clip_norm, counts_noise))
-    phases.append(_phase("training", server.rounds, rate, float(server.cohort), "update", privacy.clip_norm, noise))
+        phases.append(PhasePlan("counts", 1, 1.0, float(num_users), (_sum("counts", counts.clip_norm, counts_noise),)))
+    phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), _training_sums(privacy, noise)))
     return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon)
 
 
@@ -204,6 +211,18 @@ def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | 
     return accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds, ((1.0, counts_noise, 1),)), counts_noise
 
 
-def _phase(phase: str, rounds: int, rate: float, expected: float, name: str, clip_norm: float | None, noise: float) -> PhasePlan:
+def _training_sums(privacy: PrivacyConfig, noise: float) -> tuple[SumPlan, ...]:
+    """The update; where its clip is adaptive also the bits, with ``clip_share`` of both sums' 1/z^2.
+
+    ``noise``: where it was given that of the update, where it was solved for that of both sums together.
+    """
+    if privacy.clip == "fixed":
+        return (_sum("update", privacy.clip_norm, noise),)
+    both = noise if privacy.epsilon is not None else noise * (1 - privacy.clip_share) ** 0.5
+    update = noise if privacy.epsilon is None else accounting.round_up(both / (1 - privacy.clip_share) ** 0.5)
+    return _sum("update", privacy.clip_norm, update), _sum(WITHIN, WITHIN_CLIP, accounting.round_up(both / privacy.clip_share**0.5))
+
+
+def _sum(name: str, clip_norm: float | None, noise: float) -> SumPlan:
     assert clip_norm is not None
-    return PhasePlan(phase, rounds, rate, expected, (SumPlan(name, clip_norm, grid_step(clip_norm), noise),))
+    return SumPlan(name, clip_norm, grid_step(clip_norm), noise)

@@ -62,6 +62,7 @@ class RoundFacts:
     """What is known of a finished round. ``seconds``: the whole round; ``waited``: of those, without a reply to fold.
 
     ``users``: how many were asked (under a plan that number is private). ``loss``: mean over users, where it was declared.
+    ``clip_norm``: the round's, where it is adaptive.
     """
 
     phase: str
@@ -75,6 +76,7 @@ class RoundFacts:
     refused: Mapping[int, str]
     loss: float | None
     weight: float | None
+    clip_norm: float | None = None
 
 
 def owners(users_of_node: Mapping[int, NDArray[np.int64]], num_users: int) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -182,8 +184,8 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             tensors = phase.middle(state, totals, exchange - 1)
         address = replace(address, exchange=exchange)
         totals = {}
-        content = wire.to_record_dict(Download(address, run.recipe, tensors, None, settled))
-        declared = phase.declared(exchange)
+        content = wire.to_record_dict(Download(address, run.recipe, tensors, None, settled, state.clip_norm))
+        declared = phase.declared(state, exchange)
         messages, asked = [], {}
         for index, node in enumerate(run.node_ids):
             if node in chosen:
@@ -228,6 +230,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         refused=refused,
         loss=loss / weight if loss is not None and weight else None,
         weight=weight,
+        clip_norm=state.clip_norm if address.phase == "training" else None,
     )
 
 

@@ -80,6 +80,8 @@ class _Keeper:
 
     def on_round(self, state: State, facts: RoundFacts) -> None:
         line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
+        if facts.clip_norm is not None:
+            line["clip_norm"] = facts.clip_norm
         # Who was asked, and so how much was sent and who did not answer, is the secret that amplification by sampling rests on.
         seen = {
             "users": facts.users,

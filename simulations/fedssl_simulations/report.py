@@ -249,7 +249,7 @@ def _table(title: str, runs: Sequence[Run], split: Any) -> ResultsTable:
 
 
 def _curves(runs: Sequence[Run]) -> list[LineChart]:
-    """Loss, validation and epsilon over the rounds of training, for the runs that wrote them."""
+    """Loss, validation, epsilon and an adaptive clip over the rounds of training, for the runs that wrote them."""
 
     def read(run: Run, *path: str) -> tuple[list[float], list[float]]:
         xs, ys = [], []
@@ -272,10 +272,12 @@ def _curves(runs: Sequence[Run]) -> list[LineChart]:
         for column, words in (("unseen", "unseen items"), ("all", "all items"))
     ]
     epsilon = [Series(named(run, "epsilon"), run.colour, *read(run, "epsilon")) for run in runs]
+    clip = [Series(named(run, "clip norm"), run.colour, *read(run, "clip_norm")) for run in runs]
     charts = [
         ("Training loss", loss, {"digits": ".4g"}),
         ("Validation NDCG@10", validation, {"digits": ".4f", "from_zero": True}),
         ("Epsilon spent", epsilon, {"digits": ".4g", "from_zero": True}),
+        ("Adaptive clip", clip, {"digits": ".4g", "from_zero": True}),
     ]
     return [line_chart(title, series, **options) for title, series, options in charts if any(one.ys for one in series)]  # type: ignore[arg-type]
 

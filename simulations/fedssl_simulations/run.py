@@ -226,7 +226,7 @@ def _simulate(
         "average_from": recipe.server.average_from if state.average_P is not None else None,
         "stopped_early": rounds_run < rounds["training"],
     }
-    report["privacy"] = {**plan.statement(), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
+    report["privacy"] = {**plan.statement(), **_clip_rule(recipe, state), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
     contrast = contrast_facts(recipe, state.released(recipe), histories)
     if contrast is not None:
         report["contrast"] = contrast
@@ -235,6 +235,15 @@ def _simulate(
         report["researcher_only"] = hidden
     write_whole(folder / "report.json", json.dumps(report, indent=1))
     return Run(folder, config, dataset, state, recipe, report, model, True)
+
+
+def _clip_rule(recipe: Recipe, state: State) -> dict[str, str]:
+    """In words, how the clip came about where it was adaptive."""
+    if state.clip_norm is None:
+        return {}
+    privacy = recipe.privacy
+    rule = f"adaptive: begins at {privacy.clip_norm:g} and follows the {privacy.clip_quantile:g} quantile of the norms, by the noised number of those within it"
+    return {"clip_rule": f"{rule}; after the last round it is {state.clip_norm:.4g}"}
 
 
 def versions() -> dict[str, str]:
@@ -360,6 +369,8 @@ def _metrics_line(
     if validation is not None:
         seen["validation"] = validation
     line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
+    if facts.clip_norm is not None:
+        line["clip_norm"] = facts.clip_norm
     line["users"] = facts.users if plan_cohort is None else plan_cohort
     # Bytes depend on who was asked, and those of sparse counts on the histories: not released through the plan.
     seen |= {"upload_bytes": facts.upload_bytes, "download_bytes": facts.download_bytes, "refused": len(facts.refused)}

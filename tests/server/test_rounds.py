@@ -40,7 +40,7 @@ def toy_phases(rounds: int) -> tuple[ServerPhase, ...]:
     def finish(state: State, totals: Totals, release: Release) -> State:
         return replace(state, phase=release.phase, round=release.round, weights_P=torch.tensor(np.asarray(totals["total"]), dtype=torch.float32))
 
-    return (ServerPhase("toy", rounds, 2, lambda state: {}, lambda exchange: declared, middle, finish),)
+    return (ServerPhase("toy", rounds, 2, lambda state: {}, lambda state, exchange: declared, middle, finish),)
 
 
 def toy_client(download: Download, parts: Any, shard: Shard, users: NDArray[np.int64]) -> Any:
@@ -52,7 +52,7 @@ def toy_client(download: Download, parts: Any, shard: Shard, users: NDArray[np.i
 
 def test_the_second_exchange_sees_what_the_first_one_summed(monkeypatch: pytest.MonkeyPatch):
     declared = {"total": DeclaredSum("total", (2,), "dense", "int", None, 1.0)}
-    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda recipe, parts, exchange: declared, toy_client))
+    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda download, parts: declared, toy_client))
     state, facts = train(small_config(ONE), small_dataset(), shards=3, phases=toy_phases(2))
     # All 24 users: numbers 0 .. 23 sum to 276; then each of them adds (276, 24).
     assert state.weights_P.tolist() == [24 * 276.0, 24 * 24.0]
@@ -69,7 +69,7 @@ def test_a_node_that_failed_in_the_first_exchange_is_not_asked_in_the_second(mon
             raise RuntimeError("out of memory")
         return toy_client(download, parts, shard, users)
 
-    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda recipe, parts, exchange: declared, noted))
+    monkeypatch.setitem(CLIENT_PHASES, "toy", ClientPhase(lambda download, parts: declared, noted))
     state, facts = train(small_config(ONE), small_dataset(), shards=3, phases=toy_phases(1))
     assert asked == [(0, 0), (0, 8), (0, 16), (1, 0), (1, 16)]
     assert state.weights_P.tolist() == [16 * (276.0 - sum(range(8, 16))), 16 * 16.0]
