@@ -7,33 +7,28 @@ closed list of declared sums; heads stay in the node's own store.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from uuid import uuid4
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from fedssl.chunk_training import Chunk, ChunkJob, MappedJob, begin_chunks, begin_mapped_chunks, cut_chunks, narrow
 from fedssl.counts import sum_transitions
 from fedssl.data.histories import Histories, open_histories, take_users, write_histories
 from fedssl.data.windows import Events
 from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
-from fedssl.local_training import Batch, make_batch, train_users
 from fedssl.parts import Parts, make_parts
-from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
-from fedssl.privacy.clipping import GridTotal
-from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, check_manifest, declared_sums
+from fedssl.privacy.adaptive_clip import WITHIN
+from fedssl.privacy.manifest import DeclaredSum, check_manifest, declared_sums
 from fedssl.recipe import Recipe
 from fedssl.records import Download, Ints, SparseSum, Upload
-from fedssl.weights import Weights, from_numpy
-
-MOST_WINDOWS = 16
-"""With weights by windows: a user of more weighs as one of so many, so that nobody outweighs a cohort and a share is whole steps."""
+from fedssl.weights import from_numpy
+from fedssl.workers import MappedArray, Workers, run_here
 
 
 @dataclass
@@ -49,16 +44,17 @@ class Notes:
 class Shard:
     """A node's users: their histories, their stable numbers (sorted), and the folder of their heads.
 
-    ``users_per_chunk`` and ``workers`` (threads) say how fast, never what.
+    ``users_per_chunk`` and ``pool`` (who trains the chunks) say how fast, never what.
     """
 
     events: Events
     users: NDArray[np.int64]
     heads_folder: Path | None = None
     users_per_chunk: int = 32
-    workers: int = 1
+    pool: Workers = field(default_factory=Workers)
     notes: Notes = field(default_factory=Notes)
     _heads: HeadStore | None = None
+    _name: str = field(default_factory=lambda: uuid4().hex)
 
     def heads(self, recipe: Recipe) -> HeadStore | None:
         """The store of heads, opened when a recipe first asks for one; None where it asks for none."""
@@ -69,6 +65,11 @@ class Shard:
                 raise DataError("this node has no folder for heads, and the recipe trains one; name a store in the node's configuration")
             self._heads = HeadStore(self.heads_folder, self.users, recipe.encoder.width)
         return self._heads
+
+    def share_events(self) -> dict[str, MappedArray]:
+        """Where the workers find the events."""
+        arrays: dict[str, NDArray[Any]] = {"items": self.events.items, "cuts": self.events.cuts, "training_ends": self.events.training_ends}
+        return self.pool.shared(self._name) or self.pool.share(self._name, arrays)
 
 
 def write_shard(folder: Path, histories: Histories, users: NDArray[np.int64], *, users_per_chunk: int = 32, workers: int = 1) -> None:
@@ -87,7 +88,7 @@ def open_shard(folder: Path) -> Shard:
         chunk, workers = int(settings["users_per_chunk"]), int(settings["workers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not the store of a node ({error}); it needs histories/, users.npy and node.json") from None
-    return Shard(open_histories(folder / "histories"), users, folder / "heads", users_per_chunk=chunk, workers=workers)
+    return Shard(open_histories(folder / "histories"), users, folder / "heads", users_per_chunk=chunk, pool=Workers(workers))
 
 
 class ClientPhase(NamedTuple):
@@ -133,148 +134,40 @@ def _counts(download: Download, parts: Parts, shard: Shard, users: NDArray[np.in
     return {"counts": sparse}
 
 
-@dataclass
-class _ChunkResult:
-    places: NDArray[np.int64]
-    heads_UD: NDArray[np.float32] | None
-    weight_steps: int
-    loss_steps: int
-    within_steps: int
-    norms_U: NDArray[np.float64]
-    losses_U: NDArray[np.float64]
-    broken: int
-
-
 def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.int64]) -> dict[str, Ints | SparseSum]:
     recipe, address = download.recipe, download.address
     heads = shard.heads(recipe)
     if heads is not None:
         heads.begin(address.round, settled=download.settled)
-    weights = from_numpy(download.tensors)
-    declared = _training_sums(download, parts)
-    chunks = cut_chunks(shard, users)
-
-    def train_some(mine: list[NDArray[np.int64]]) -> tuple[GridTotal, list[_ChunkResult]]:
-        total = GridTotal(parts.layout)
-        return total, [_train_chunk(download, parts, shard, heads, weights, chunk, total, declared) for chunk in mine]
-
-    torch.set_num_threads(1)
-    workers = min(shard.workers or os.cpu_count() or 1, max(len(chunks), 1))
-    dealt = [chunks[worker::workers] for worker in range(workers)]
-    if workers == 1:
-        done = [train_some(dealt[0])]
+    places = np.searchsorted(shard.users, users)
+    lengths = shard.events.training_ends[places] - shard.events.cuts[places]
+    cut = cut_chunks(lengths, users, window=recipe.encoder.window, windows=recipe.local.windows, users_per_chunk=shard.users_per_chunk)
+    chunks = (Chunk(places[chosen], users[chosen], heads.read(users[chosen]) if heads is not None else None) for chosen in cut)
+    if shard.pool.number == 1 or len(cut) == 1:
+        job = ChunkJob(address, recipe, download.clip_norm, shard.events, from_numpy(download.tensors))
+        results, totals = run_here(begin_chunks, job, chunks)
     else:
-        with ThreadPoolExecutor(workers) as pool:
-            done = list(pool.map(train_some, dealt))
-    total_P = done[0][0].total_P
-    for total, _ in done[1:]:
-        total_P += total.total_P
-    results = [result for _, some in done for result in some]
+        mapped = MappedJob(address, recipe, download.clip_norm, shard.share_events(), shard.pool.share("weights", download.tensors))
+        results, totals = shard.pool.run(begin_mapped_chunks, mapped, chunks)
+    update = np.zeros(parts.layout.num_weights, dtype=np.int64)
+    for total in totals:
+        update += total
     if heads is not None and results:
-        trained = np.concatenate([users[result.places] for result in results])
         new_UD = np.concatenate([result.heads_UD for result in results if result.heads_UD is not None])
-        heads.write(trained, new_UD, round=address.round)
+        heads.write(np.concatenate([result.users_U for result in results]), new_UD, round=address.round)
     shard.notes = Notes(
         norms_U=np.concatenate([result.norms_U for result in results] or [np.zeros(0)]),
         losses_U=np.concatenate([result.losses_U for result in results] or [np.zeros(0)]),
         broken_users=sum(result.broken for result in results),
     )
     sums: dict[str, Ints | SparseSum] = {
-        "update": _narrow(total_P.numpy()),
+        "update": narrow(update),
         "weight": np.array([sum(result.weight_steps for result in results)], dtype=np.int64),
         "loss": np.array([sum(result.loss_steps for result in results)], dtype=np.int64),
         WITHIN: np.array([sum(result.within_steps for result in results)], dtype=np.int64),
     }
+    declared = _training_sums(download, parts)
     return {name: value for name, value in sums.items() if name in declared}
-
-
-def cut_chunks(shard: Shard, users: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-    """Places in ``users``, those of like length together, ``users_per_chunk`` at a time: the same for any number of workers."""
-    where = np.searchsorted(shard.users, users)
-    length = shard.events.training_ends[where] - shard.events.cuts[where]
-    order = np.lexsort((users, length))
-    return [order[first : first + shard.users_per_chunk] for first in range(0, len(order), shard.users_per_chunk)]
-
-
-def _train_chunk(
-    download: Download,
-    parts: Parts,
-    shard: Shard,
-    heads: HeadStore | None,
-    weights: Weights,
-    places: NDArray[np.int64],
-    total: GridTotal,
-    declared: dict[str, DeclaredSum],
-) -> _ChunkResult:
-    recipe, address = download.recipe, download.address
-    chosen = shard.users if download.users is None else download.users
-    users_U = chosen[places]
-    window = recipe.encoder.window
-    batch = make_batch(
-        parts.tasks,
-        shard.events,
-        np.searchsorted(shard.users, users_U),
-        users_U,
-        base=(recipe.seed, address.phase, address.round),
-        local=recipe.local,
-        window=window,
-        num_items=recipe.num_items,
-    )
-    heads_UD = torch.from_numpy(heads.read(users_U)) if heads is not None else None
-    trained = train_users(
-        parts.encoder,
-        parts.tasks,
-        weights,
-        batch,
-        local=recipe.local,
-        window=window,
-        dropout=recipe.encoder.dropout,
-        seed=recipe.seed,
-        heads_UD=heads_UD,
-        head_lr=recipe.head.lr,
-    )
-    # Without a plan the weight is a declared sum: whole steps, so that numerator and denominator agree exactly.
-    steps_U = np.full(len(users_U), round(1 / WEIGHT_STEP)) if recipe.privacy.has_plan else np.rint(_shares(recipe, batch, shard, users_U) / WEIGHT_STEP)
-    steps_U = steps_U.astype(np.int64)
-    weight_U = torch.from_numpy((steps_U * WEIGHT_STEP).astype(np.float32))
-    update = declared["update"]
-    clipped = total.add(trained, clip_norm=update.clip_norm, step=update.step, weight_U=weight_U)
-    is_well_U = ~clipped.is_broken_U.numpy()
-    losses_U = trained.loss_U.double().numpy()
-    loss_steps = 0
-    if "loss" in declared:
-        counted_U = np.where(is_well_U & np.isfinite(losses_U), losses_U, 0.0).clip(0.0, 100.0) * steps_U * WEIGHT_STEP
-        loss_steps = int(np.rint(counted_U / declared["loss"].step).sum())
-    within_steps = 0
-    if WITHIN in declared:
-        # Half a step of weight either way; a broken user says nothing.
-        is_within_U = clipped.norms_U.numpy() <= update.clip_norm
-        within_steps = int(np.where(is_within_U, steps_U, -steps_U)[is_well_U].sum()) * round(WITHIN_CLIP * WEIGHT_STEP / WITHIN_STEP)
-    new_UD = None
-    if heads_UD is not None and trained.heads_UD is not None:
-        is_finite_U1 = trained.heads_UD.isfinite().all(1, keepdim=True) & ~clipped.is_broken_U[:, None]
-        new_UD = torch.where(is_finite_U1, trained.heads_UD, heads_UD).numpy()
-    weight_steps, broken = int(steps_U[is_well_U].sum()), int(clipped.is_broken_U.sum())
-    return _ChunkResult(places, new_UD, weight_steps, loss_steps, within_steps, clipped.norms_U.numpy(), losses_U, broken)
-
-
-def _shares(recipe: Recipe, batch: Batch, shard: Shard, users_U: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How much each user weighs beside the heaviest there can be, from 0 to 1; 0 where there is nothing to learn from. Shape: (U,)."""
-    window = recipe.encoder.window
-    if recipe.server.weighting == "positions":
-        return batch.positions_U / (recipe.local.steps * recipe.local.windows * window)
-    has_work_U: NDArray[np.float64] = (~batch.is_idle_U).numpy().astype(np.float64)
-    if recipe.server.weighting == "windows":
-        places_U = np.searchsorted(shard.users, users_U)
-        positions_U = shard.events.training_ends[places_U] - shard.events.cuts[places_U] - 1
-        has_work_U *= np.minimum(np.ceil(positions_U.clip(1) / window), MOST_WINDOWS) / MOST_WINDOWS
-    return has_work_U
-
-
-def _narrow(total: NDArray[np.int64]) -> Ints:
-    """int32 where it fits: one device's upload always does."""
-    largest = int(np.abs(total).max(initial=0))
-    return total.astype(np.int32) if largest < 2**31 else total
 
 
 def _training_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:

@@ -189,7 +189,13 @@ class PrivacyConfig(Settings):
     noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on the cohort's sum; 0: no plan unless `epsilon` is given")
     counts_noise_multiplier: float = Field(0.0, ge=0.0, description="The same for the counts; needed with `noise_multiplier` where [counts] is on")
     epsilon: float | None = Field(None, gt=0.0, description="Target epsilon of the whole run: noise is solved for it; None: noise is given")
-    delta: float = Field(1e-6, gt=0.0, lt=1.0, description="Chance that the epsilon promise fails; keep it below 1 / number of users")
+    delta: float = Field(1e-6, gt=0.0, le=0.01, description="Chance that the epsilon promise fails; keep it below 1 / number of users")
+    fleet_users: int = Field(
+        0,
+        ge=0,
+        description="A question, for simulations alone: what would this epsilon cost a fleet of so many users? The mean gets the noise that theirs would "
+        "have, and the users at hand are promised nothing; 0: not asked",
+    )
 
     @property
     def has_plan(self) -> bool:
@@ -200,6 +206,8 @@ class PrivacyConfig(Settings):
     def _noise_needs_a_clip(self) -> PrivacyConfig:
         if self.has_plan and self.clip_norm is None:
             raise ValueError("noise without a clip promises nothing; set clip_norm")
+        if self.fleet_users and not self.has_plan:
+            raise ValueError(f"fleet_users = {self.fleet_users} asks what an epsilon would cost a fleet, and there is none; set epsilon, or fleet_users = 0")
         if self.clip == "adaptive" and self.clip_norm is None:
             raise ValueError("clip = 'adaptive' needs a clip for the first round; set clip_norm")
         if self.epsilon is not None and self.noise_multiplier > 0:
@@ -232,9 +240,9 @@ class EvaluationConfig(Settings):
 class SystemConfig(Settings):
     """How fast, never what: changes nothing beyond rounding."""
 
-    users_per_chunk: int = Field(32, ge=1, description="Users trained at once")
+    users_per_chunk: int = Field(32, ge=1, description="Users trained at once, fewer where windows are longer than 50")
     shards: int = Field(1, ge=1, description="Nodes that the simulation deals its users to")
-    workers: int = Field(0, ge=0, description="Threads that train chunks; 0: one a core")
+    workers: int = Field(0, ge=0, description="Processes that train chunks, on shared histories and weights; 1: none but the run itself, 0: one a core")
     checkpoint_every: int = Field(50, ge=1, description="Rounds between checkpoints")
     checkpoint_seconds: float = Field(60.0, ge=0.0, description="Seconds after which a checkpoint is due, whichever comes first; 0: by rounds alone")
     keep_checkpoints: int = Field(1, ge=1, description="Newest checkpoints kept; older ones are removed")

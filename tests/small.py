@@ -26,6 +26,7 @@ from fedssl.recipe import Recipe, make_recipe
 from fedssl.server_round import ServerPhase, State, first_state
 from fedssl.tasks import Chance, Task, UsersModel, Views
 from fedssl.tasks.next_item import next_item
+from fedssl.workers import Workers
 
 KEYS = Keys(cohort=b"c" * 32, noise=b"n" * 32)
 """Known to everybody: for tests alone."""
@@ -73,11 +74,9 @@ def recipe_of(config: RunConfig, dataset: Dataset) -> Recipe:
 
 def deal(config: RunConfig, dataset: Dataset, pieces: Sequence[NDArray[np.int64]], heads: Path | None = None) -> dict[int, Shard]:
     """Shards 1, 2, ... of these users."""
-    system = config.system
+    system, pool = config.system, Workers(config.system.workers)
     return {
-        node: Shard(
-            take_users(dataset.histories, users), users, heads / f"{node}" if heads else None, users_per_chunk=system.users_per_chunk, workers=system.workers
-        )
+        node: Shard(take_users(dataset.histories, users), users, heads / f"{node}" if heads else None, users_per_chunk=system.users_per_chunk, pool=pool)
         for node, users in enumerate(pieces, start=1)
     }
 

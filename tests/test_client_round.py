@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small import BOMB, PLAN, dataset_of, deal, recipe_of, small_config, small_dataset
 
-from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard, client_round, cut_chunks, open_shard, write_shard
+from fedssl.chunk_training import cut_chunks
+from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard, client_round, open_shard, write_shard
 from fedssl.config import RunConfig, check
 from fedssl.data.dataset import Dataset
 from fedssl.errors import ConfigError, DataError, UploadRefused, WireError
@@ -240,20 +243,28 @@ def test_weights_that_differ_are_refused_under_a_plan(weighting: str):
 
 
 def test_chunks_are_users_of_like_length_each_once():
-    shard = replace(shard_of(small_config(), small_dataset()), users_per_chunk=5)
     users = np.array([1, 3, 4, 8, 10, 11, 15, 20])
-    chunks = cut_chunks(shard, users)
+    lengths = small_dataset().histories.training_lengths[users]
+    chunks = cut_chunks(lengths, users, window=50, windows=1, users_per_chunk=5)
     assert [len(chunk) for chunk in chunks] == [5, 3]
     assert sorted(np.concatenate(chunks).tolist()) == list(range(8))
-    lengths = small_dataset().histories.training_lengths[users]
-    assert lengths[chunks[0]].max() <= lengths[chunks[1]].min()
+    assert lengths[chunks[0]].min() >= lengths[chunks[1]].max()
+
+
+@given(lengths=st.lists(st.integers(0, 400), max_size=40), window=st.integers(2, 200), windows=st.integers(1, 3), most=st.integers(1, 9))
+def test_chunks_of_long_windows_hold_fewer_users_but_never_none(lengths: list[int], window: int, windows: int, most: int):
+    chunks = cut_chunks(np.array(lengths, dtype=np.int64), np.arange(len(lengths)), window=window, windows=windows, users_per_chunk=most)
+    assert sorted(place for chunk in chunks for place in chunk) == list(range(len(lengths)))
+    for chunk in chunks:
+        longest = max(min(lengths[place], window) for place in chunk) * windows
+        assert len(chunk) == 1 or (len(chunk) <= most and len(chunk) * longest <= most * 50)
 
 
 def test_the_store_of_a_node_opens_as_the_shard_that_was_written(tmp_path: Path):
     users = np.array([4, 9, 17])
     write_shard(tmp_path / "node", small_dataset().histories, users, users_per_chunk=7, workers=2)
     shard = open_shard(tmp_path / "node")
-    assert shard.users.tolist() == [4, 9, 17] and (shard.users_per_chunk, shard.workers) == (7, 2)
+    assert shard.users.tolist() == [4, 9, 17] and (shard.users_per_chunk, shard.pool.number) == (7, 2)
     assert np.array_equal(shard.events.items[: shard.events.cuts[1]], small_dataset().histories.of(4))
 
 

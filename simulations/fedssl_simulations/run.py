@@ -40,6 +40,7 @@ from fedssl.privacy.plan import make_plan
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
 from fedssl.server_round import State, first_state, phases_of
+from fedssl.workers import Workers
 from fedssl_simulations.diagnostics import contrast_facts
 from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
 from fedssl_simulations.grids import InProcessGrid, handler_of
@@ -58,6 +59,7 @@ class Progress:
     rounds: int
     validation: dict[str, Any] | None
     epsilon: float | None
+    fleet_users: int = 0
 
 
 @dataclass(frozen=True)
@@ -136,16 +138,17 @@ def _simulate(
     state = _last_state(folder, recipe, dataset) or first_state(recipe)
     ledger = Ledger(folder / "ledger.jsonl") if plan is not None else None
     if ledger is not None:
+        ledger.check_not_behind(state.charged)
         if keys is None:
             # Keys are made before anything is charged; a run that was charged goes on with its own or not at all.
             has_begun = bool(state.phase or ledger.charged())
             keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
-        ledger.merge(state.charged)
     cut_back(folder / "metrics.jsonl", phase=state.phase, round=state.round, phases=[phase.name for phase in phases])
     patience = config.evaluation.patience
     seen = validations(read_lines(folder / "metrics.jsonl")) if patience else []
 
-    shards = make_shards(dataset, config, folder / "heads")
+    pool = Workers(config.system.workers)
+    shards = make_shards(dataset, config, folder / "heads", pool)
     nodes: dict[int, dict[str, bool | float | int | str]] = {index + 1: {"partition-id": index} for index in shards}
     node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
     run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, plan, keys if plan is not None else None, ledger)
@@ -197,7 +200,14 @@ def _simulate(
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
             folder / "metrics.jsonl",
-            _metrics_line(facts, shards, validation, epsilon, plan_cohort=plan.expected_cohort(facts.phase) if plan is not None else None),
+            _metrics_line(
+                facts,
+                shards,
+                validation,
+                epsilon,
+                plan_cohort=plan.expected_cohort(facts.phase) if plan is not None else None,
+                fleet_users=config.privacy.fleet_users,
+            ),
         )
         for shard in shards.values():
             # A node that is not asked next time must not be noted down again.
@@ -206,9 +216,9 @@ def _simulate(
         is_turn = validation is not None and (best_round(seen) == facts.round or is_over(seen, patience))
         if facts.phase != "training" or is_last or is_turn or facts.round % config.system.checkpoint_every == 0 or due:
             save(state)
-        on_progress(Progress(facts, rounds[facts.phase], validation, epsilon))
+        on_progress(Progress(facts, rounds[facts.phase], validation, epsilon, config.privacy.fleet_users))
 
-    with InProcessGrid(handler_of(shards), nodes) as grid:
+    with pool, InProcessGrid(handler_of(shards), nodes) as grid:
         state = run_rounds(grid, run, state, on_round=on_round, should_stop=is_enough, settled=heads_settled, phases=phases)
     is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds) or is_over(seen, patience)
     rounds_run = state.round
@@ -251,13 +261,14 @@ def versions() -> dict[str, str]:
     return {"fedssl": fedssl.__version__, "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
 
 
-def make_shards(dataset: Dataset, config: RunConfig, heads: Path) -> dict[int, Shard]:
-    """The users dealt to nodes in pieces of like size, by number. The split changes nothing beyond rounding."""
+def make_shards(dataset: Dataset, config: RunConfig, heads: Path, pool: Workers | None = None) -> dict[int, Shard]:
+    """The users dealt to nodes in pieces of like size, by number. The split changes nothing beyond rounding. All nodes share the workers."""
+    pool = pool or Workers(config.system.workers)
     pieces = np.array_split(np.arange(dataset.histories.num_users), config.system.shards)
     shards = {}
     for index, users in enumerate(pieces):
         events = dataset.histories if len(pieces) == 1 else take_users(dataset.histories, users)
-        shards[index] = Shard(events, users, heads / f"node-{index:03d}", users_per_chunk=config.system.users_per_chunk, workers=config.system.workers)
+        shards[index] = Shard(events, users, heads / f"node-{index:03d}", users_per_chunk=config.system.users_per_chunk, pool=pool)
     return shards
 
 
@@ -356,7 +367,7 @@ def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:
 
 
 def _metrics_line(
-    facts: RoundFacts, shards: dict[int, Shard], validation: dict[str, Any] | None, epsilon: float | None, *, plan_cohort: float | None
+    facts: RoundFacts, shards: dict[int, Shard], validation: dict[str, Any] | None, epsilon: float | None, *, plan_cohort: float | None, fleet_users: int
 ) -> dict[str, Any]:
     """A round as one JSON object; under a plan what was not released through it is for the researcher only."""
     norms = np.concatenate([shard.notes.norms_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
@@ -369,6 +380,8 @@ def _metrics_line(
     if validation is not None:
         seen["validation"] = validation
     line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
+    if fleet_users:
+        line["fleet_users"] = fleet_users
     if facts.clip_norm is not None:
         line["clip_norm"] = facts.clip_norm
     line["users"] = facts.users if plan_cohort is None else plan_cohort

@@ -1,6 +1,6 @@
 """A run is killed (SIGKILL) at chosen points and at random moments, resumed, killed again, and ends with the same bytes.
 
-Everything is on: counts with noise, a clip, heads, dropout, Adam, an average of late rounds, two nodes, two workers, a checkpoint every second round. The
+Everything is on: counts with noise, a clip, heads, dropout, Adam, an average of late rounds, two nodes, a checkpoint every second round. The
 run is a forked child; there, and only there, one function is replaced by itself with a kill before, after or within.
 """
 
@@ -44,7 +44,7 @@ CONFIG = small_config(
         "local": {"steps": 2, "lr": 0.1},
         "server": {"rounds": 6, "cohort": 8, "optimizer": "adam", "average_from": 3},
         "privacy": {"counts_noise_multiplier": 0.5},
-        "system": {"shards": 2, "workers": 2, "users_per_chunk": 2, "checkpoint_every": 2},
+        "system": {"shards": 2, "workers": 1, "users_per_chunk": 2, "checkpoint_every": 2},
     },
 )
 
@@ -311,6 +311,12 @@ def test_killed_at_random_moments_and_resumed_it_ends_with_the_same_bytes(
     with capsys.disabled():
         print(f" {kills} kills ", end="")
     assert kills >= 1
+    check_is_as_if_never_killed(tmp_path / "run", never_killed)
+
+
+def test_killed_with_worker_processes_and_resumed_it_ends_with_the_bytes_of_a_run_without_them(never_killed: Reference, tmp_path: Path):
+    config = CONFIG.model_copy(update={"system": CONFIG.system.model_copy(update={"workers": 2})})
+    assert wait(start(tmp_path / "run", at(run_module, "append_line", 4, "after"), config)) == -signal.SIGKILL
     check_is_as_if_never_killed(tmp_path / "run", never_killed)
 
 
