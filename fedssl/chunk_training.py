@@ -149,8 +149,7 @@ def train_chunk(job: ChunkJob, parts: Parts, declared: dict[str, DeclaredSum], c
         head_lr=recipe.head.lr,
     )
     # Without a plan the weight is a declared sum: whole steps, so that numerator and denominator agree exactly.
-    shares_U = np.ones(len(chunk.users_U)) if recipe.privacy.has_plan else _shares(job, batch, chunk.places_U)
-    steps_U = np.rint(shares_U / WEIGHT_STEP).astype(np.int64)
+    steps_U = np.rint(_shares(job, batch, chunk.places_U) / WEIGHT_STEP).astype(np.int64)
     weight_U = torch.from_numpy((steps_U * WEIGHT_STEP).astype(np.float32))
     update = declared["update"]
     clipped = total.add(trained, clip_norm=update.clip_norm, step=update.step, weight_U=weight_U)
@@ -174,7 +173,12 @@ def train_chunk(job: ChunkJob, parts: Parts, declared: dict[str, DeclaredSum], c
 
 
 def _shares(job: ChunkJob, batch: Batch, places_U: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How much each user weighs beside the heaviest there can be, from 0 to 1; 0 where there is nothing to learn from. Shape: (U,)."""
+    """How much each user weighs beside the heaviest there can be, from 0 to 1; 0 where there is nothing to learn from. Shape: (U,).
+
+    Under a plan everybody weighs 1: who came, and with how much, is not told.
+    """
+    if job.recipe.privacy.has_plan:
+        return np.ones(len(places_U))
     local, weighting = job.recipe.local, job.recipe.server.weighting
     if weighting == "positions":
         return batch.positions_U / (local.steps * local.windows * job.window)
