@@ -30,7 +30,8 @@ def train(download: bytes, store: str) -> bytes:
     """The Upload of the store's users, as bytes. A second call for the same store waits for the first.
 
     Raises WireError for a recipe whose parts are not those that ship: ``module:name`` would let a server call whatever is
-    installed here, so it is followed only where the node's own `node.json` lists it under "parts".
+    installed here, so it is followed only where the node's own `node.json` lists it under "parts". And for a recipe with
+    ``fleet_users``, whose epsilon is not that of its users.
     """
     record = download_from_bytes(download)
     foreign = set(foreign_names(record.recipe)) - allowed_parts(Path(store))
@@ -38,6 +39,8 @@ def train(download: bytes, store: str) -> bytes:
         raise WireError(
             f'the recipe names {sorted(foreign)[0]}, which is no part of fedssl; a node follows it only where its node.json allows that under "parts"'
         )
+    if record.recipe.privacy.fleet_users:
+        raise WireError("the recipe asks what noise a larger fleet would need and adds too little for its own users; only a simulation may ask that")
     with locked(Path(store)):
         return to_bytes(answer(record, open_shard(Path(store))))
 

@@ -19,6 +19,7 @@ drawn only over the very totals that were sealed, or over totals of an attempt t
 - A resume from an older checkpoint plays later rounds again from models that may differ; their seals then do not match,
   and each of them becomes a new attempt. Affordable or refused, but never free.
 
+A ledger that was changed, or that knows less than a checkpoint does, is refused: what was spent would be unknown.
 Two servers on one folder cannot both draw: each append finds the file as this process left it, or refuses.
 """
 
@@ -29,7 +30,6 @@ import hashlib
 import hmac
 import json
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,6 @@ class Ledger:
         self._last: dict[tuple[str, int], int] = {}
         self._seals: dict[tuple[str, int, int, int], str] = {}
         self._plan: str | None = None
-        self._first = 0
         self._chain = ""
         raw = path.read_bytes() if path.exists() else b""
         self._seen = len(raw)  # Bytes on disk, a torn line included
@@ -72,7 +71,7 @@ class Ledger:
     def charge(self, phase: str, round: int) -> int:
         """Charge one more attempt of a round and return its number (from 0 in each round). On disk before this returns."""
         last = self._last.get((phase, round))
-        attempt = self._first if last is None else last + 1
+        attempt = 0 if last is None else last + 1
         self._append({"kind": "charge", "phase": phase, "round": round, "attempt": attempt})
         return attempt
 
@@ -101,16 +100,14 @@ class Ledger:
         """Attempts charged so far, a phase."""
         return dict(self._charged)
 
-    def merge(self, charged: Mapping[str, int]) -> None:
-        """Take over what a checkpoint says was charged: the larger of both counts wins, phase by phase.
-
-        A checkpoint that knows more means that lines of this ledger were lost, and with them attempt numbers and seals. So
-        from then on no earlier attempt is played again, and new ones are numbered from a random start: noise that may
-        be out is never drawn twice. What was charged after that checkpoint and lost cannot be known: keep the ledger.
-        """
-        if any(count > self._charged.get(phase, 0) for phase, count in charged.items()):
-            larger = {phase: max(charged.get(phase, 0), self._charged.get(phase, 0)) for phase in {*charged, *self._charged}}
-            self._append({"kind": "merge", "charged": larger, "first": 1 + secrets.randbits(48)})
+    def check_not_behind(self, charged: Mapping[str, int]) -> None:
+        """Raises RunFolderError where a checkpoint says that more was charged than is written here: lines were lost, and what they charged is unknown."""
+        for phase, count in charged.items():
+            if count > self._charged.get(phase, 0):
+                raise RunFolderError(
+                    f"{self.path}: {self._charged.get(phase, 0)} attempts of phase '{phase}', and the checkpoint knows of {count}; the ledger is behind, "
+                    "and what was spent since is unknown. Put the run's own ledger back, or start a new run"
+                )
 
     def bind(self, plan: str) -> None:
         """Hold this ledger to one plan (its fingerprint). Raises RunFolderError when it was charged under another one."""
@@ -145,9 +142,6 @@ class Ledger:
                 self._last[phase, round] = attempt
             case {"kind": "seal", "phase": str(phase), "round": int(round), "attempt": int(attempt), "exchange": int(exchange), "hmac": str(totals_hmac)}:
                 self._seals[phase, round, attempt, exchange] = totals_hmac
-            case {"kind": "merge", "charged": dict(charged), "first": int(first)}:
-                self._charged, self._first = charged, first
-                self._last.clear()
             case _:
                 raise self._corrupt(number, "no kind of entry that is known here")
 

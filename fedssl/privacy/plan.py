@@ -49,7 +49,11 @@ class PhasePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run promises each user, and all it takes to keep it. ``target``: the epsilon that the noise was solved for; None: noise was given."""
+    """What a run promises each user, and all it takes to keep it. ``target``: the epsilon that the noise was solved for; None: noise was given.
+
+    ``fleet_users``: the promise is one to a fleet of so many, of whom these users are a part; rate and noise multiplier are
+    the fleet's, and so is the noise on a mean. The users at hand are then promised nothing.
+    """
 
     phases: tuple[PhasePlan, ...]
     delta: float
@@ -59,6 +63,7 @@ class Plan:
     neighbours: str = "add/remove one user"
     trust: str = "central"
     accountant: str = "PLD (dp-accounting)"
+    fleet_users: int | None = None
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name. Raises ConfigError when the plan has none."""
@@ -94,11 +99,15 @@ class Plan:
             raise BudgetSpent(spent=spent, promised=self.promised, round_number=round_number)
 
     def noise_std_in_steps(self, phase: str, name: str, *, clip_norm: float | None = None) -> float:
-        """Deviation of the noise on the cohort's sum of that name, in steps of its grid: z * C / step. ``clip_norm``: the round's, where it is adaptive."""
+        """Deviation of the noise on the cohort's sum of that name, in steps of its grid: z * C / step. ``clip_norm``: the round's, where it is adaptive.
+
+        For a fleet it is users / fleet_users of that: the mean over the users at hand has the noise of the fleet's mean.
+        """
         one = self.sum(phase, name)
         clip, step = (one.clip_norm, one.step) if clip_norm is None else (clip_norm, grid_step(clip_norm))
         assert clip is not None
-        return one.noise_multiplier * clip / step
+        share = 1.0 if self.fleet_users is None else self.num_users / self.fleet_users
+        return one.noise_multiplier * clip / step * share
 
     def expected_cohort(self, phase: str) -> float:
         """What a mean divides by, whoever came: the actual size of the cohort is private."""
@@ -107,7 +116,10 @@ class Plan:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the whole plan: a run's ledger is bound to it, so that noise and rates never change under the same charges."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        values = asdict(self)
+        if self.fleet_users is None:
+            del values["fleet_users"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def statement(self) -> dict[str, Any]:
         """The promise as plain values, for a report: JSON in public."""
@@ -122,8 +134,23 @@ class Plan:
             "rounds": {phase.phase: phase.rounds for phase in self.phases},
             "noise_multiplier": {one.name: one.noise_multiplier for phase in self.phases for one in phase.sums},
             "clip_norm": {one.name: one.clip_norm for phase in self.phases for one in phase.sums},
+            "warnings": self.warnings(),
             "caveats": self._caveats(),
+            **({} if self.fleet_users is None else {"fleet_users": self.fleet_users}),
         }
+
+    def warnings(self) -> list[str]:
+        """What a person must not miss: that the promise is only a question, or that delta is too large. A sentence each."""
+        found = []
+        if self.fleet_users is not None:
+            found.append(
+                f"A question, not a promise: this epsilon is what a fleet of {self.fleet_users:,} users would be promised. The {self.num_users:,} users "
+                f"at hand got {self.fleet_users / self.num_users:.4g} times less noise than that takes, and are promised nothing."
+            )
+        users = self.num_users if self.fleet_users is None else self.fleet_users
+        if self.delta * users >= 1:
+            found.append(f"delta {self.delta:g} is not below 1 / users ({1 / users:.2g}): it allows a mechanism that gives one user away entirely.")
+        return found
 
     def statement_text(self) -> str:
         """The promise in plain words, one sentence a line."""
@@ -134,11 +161,12 @@ class Plan:
             for one in phase.sums
         ]
         terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
+        whose = "" if self.fleet_users is None else f"Asked for a fleet of {self.fleet_users:,} users: "
         promise = (
-            f"Whatever a user did, any released model is at most e^{self.promised:.3g} times as likely as if that user had never taken part, "
+            f"{whose}Whatever a user did, any released model is at most e^{self.promised:.3g} times as likely as if that user had never taken part, "
             f"but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
         )
-        return "\n".join([promise, *sums, *self._caveats()])
+        return "\n".join([promise, *sums, *self.warnings(), *self._caveats()])
 
     @staticmethod
     def _later(phase: PhasePlan, one: SumPlan) -> str:
@@ -159,8 +187,6 @@ class Plan:
             "its numbers of users and events, which a report names."
         )
         caveats.append("Hyper-parameters chosen by looking at private data are outside epsilon; take them from a preset.")
-        if self.delta * self.num_users >= 1:
-            caveats.append(f"delta {self.delta:g} is not below 1 / users ({1 / self.num_users:.2g}): it allows a mechanism that gives one user away entirely.")
         return caveats
 
 
@@ -185,6 +211,8 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     rate = server.cohort / num_users
     if rate > 1:
         raise ConfigError(f"[server] cohort = {server.cohort:g} is more than the {num_users} users there are; under a plan set it to at most {num_users}")
+    if privacy.fleet_users and privacy.fleet_users < num_users:
+        raise ConfigError(f"[privacy] fleet_users = {privacy.fleet_users} is fewer than the {num_users} users at hand; ask for a larger fleet, or set it to 0")
     if privacy.clip_norm is None:
         raise ConfigError("[privacy] has no clip_norm; noise without a clip promises nothing")
     if counts is not None and counts.clip_norm is None:
@@ -195,7 +223,7 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     if counts is not None:
         phases.append(PhasePlan("counts", 1, 1.0, float(num_users), (_sum("counts", counts.clip_norm, counts_noise),)))
     phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), _training_sums(privacy, noise)))
-    return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon)
+    return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon, fleet_users=privacy.fleet_users or None)
 
 
 def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, rate: float) -> tuple[float, float]:

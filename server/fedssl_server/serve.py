@@ -53,6 +53,8 @@ def serve(
     config, catalogue = _read_settings(folder), read_catalogue(folder / "catalogue.jsonl")
     if config.evaluation.patience:
         raise ConfigError(f"{folder / 'run.toml'}: [evaluation] patience needs validations, which only a simulation makes yet; set patience = 0")
+    if config.privacy.fleet_users:
+        raise ConfigError(f"{folder / 'run.toml'}: [privacy] fleet_users is a question for a simulation; these users would get too little noise. Set it to 0")
     recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash)
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)
@@ -127,10 +129,10 @@ def _open_secrets(folder: Path, plan: Plan | None, state: State) -> tuple[Keys |
     if plan is None:
         return None, None
     ledger = Ledger(folder / "ledger.jsonl")
+    ledger.check_not_behind(state.charged)
     has_begun = bool(state.phase or ledger.charged())
     keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
     ledger.bind(plan.fingerprint)
-    ledger.merge(state.charged)
     return keys, ledger
 
 

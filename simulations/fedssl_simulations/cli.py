@@ -311,6 +311,14 @@ def _finish(run: Run, as_json: bool) -> None:
     broken = sum(line.get("researcher_only", line).get("broken_users", 0) for line in read_lines(run.folder / "metrics.jsonl"))
     if broken:
         typer.echo(f"warning: {broken} updates were broken (nan, inf, beyond the grid) and counted as zero; try a larger local.grid_step or a smaller local.lr")
+    if run.report["privacy"] is not None:
+        from fedssl_simulations.promise import promise
+
+        kept_promise = promise(run.report["privacy"], {})
+        terms = [f"{name.lower()}: {value}" for name, value in kept_promise.facts if name in ("Unit", "Neighbours", "Trust", "Sampling", "Accountant", "Delta")]
+        typer.echo("; ".join([kept_promise.title, *terms]))
+        for words in run.report["privacy"]["warnings"]:
+            typer.echo(f"warning: {words}")
     cost, kept = run.report["cost"], run.report["model"]
     if run.config.evaluation.patience:
         stopped = f"stopped early after round {cost['rounds']} of {run.config.server.rounds}; " if kept["stopped_early"] else ""
@@ -406,7 +414,8 @@ def _progress(quiet: bool) -> Iterator[Any]:
 
 def _said(progress: Progress) -> str:
     loss = "" if progress.facts.loss is None else f"loss {progress.facts.loss:.3f}"
-    return loss if progress.epsilon is None else f"epsilon {progress.epsilon:.3f}"
+    fleet = f" of a fleet of {progress.fleet_users:,}" if progress.fleet_users else ""
+    return loss if progress.epsilon is None else f"epsilon {progress.epsilon:.3f}{fleet}"
 
 
 def _quality(progress: Progress) -> str:

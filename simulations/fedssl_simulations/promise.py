@@ -25,6 +25,8 @@ _NAMES = {
     "rounds": "Rounds",
     "noise_multiplier": "Noise / clip norm",
     "clip_norm": "Clip norm",
+    "clip_rule": "Clip rule",
+    "fleet_users": "Fleet asked about, users",
 }
 
 
@@ -44,7 +46,7 @@ def promise(privacy: Mapping[str, Any], config: Mapping[str, Any]) -> Promise:
     A report that was not written yet leaves the settings to speak: a target epsilon or noise means a plan.
     """
     settings = config.get("privacy") or {}
-    asked = {name: settings[name] for name in ("epsilon", "delta", "noise_multiplier", "clip_norm") if settings.get(name)}
+    asked = {name: settings[name] for name in ("epsilon", "delta", "noise_multiplier", "clip_norm", "fleet_users") if settings.get(name)}
     stated = dict(privacy) if privacy else asked
     epsilon, noise = stated.get("epsilon"), stated.get("noise_multiplier")
     has_noise = any(float(z or 0) > 0 for z in (noise.values() if isinstance(noise, Mapping) else [noise]))
@@ -65,6 +67,9 @@ def promise(privacy: Mapping[str, Any], config: Mapping[str, Any]) -> Promise:
         sentences.append("An epsilon this large is no guarantee in practice; read it as a measure of the noise, not as protection.")
     sentences += [str(caveat) for caveat in stated.get("caveats") or _caveats(stated, config)]
     title = f"Differential privacy for each {unit}: ε = {epsilon:.4g}" if _is_number(epsilon) else f"Differential privacy for each {unit}"
+    if stated.get("fleet_users"):
+        title = f"A question, not a promise: what {title.replace('Differential', 'differential', 1)} would cost a fleet of {stated['fleet_users']:,} users"
+    sentences[:0] = [str(warning) for warning in stated.get("warnings") or []]
     return Promise(True, title, sentences, _facts(stated))
 
 
@@ -97,7 +102,7 @@ def _neighbours(stated: Mapping[str, Any]) -> str:
 
 
 def _facts(stated: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = [name for name in _NAMES if name in stated] + [name for name in stated if name not in _NAMES and name != "caveats"]
+    names = [name for name in _NAMES if name in stated] + [name for name in stated if name not in _NAMES and name not in ("caveats", "warnings")]
     return [(_NAMES.get(name) or name.replace("_", " ").capitalize(), _shown(stated[name])) for name in names if stated[name] is not None]
 
 

@@ -193,11 +193,12 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     privacy = run.report.get("privacy") or {}
     epsilon, delta = privacy.get("epsilon"), privacy.get("delta")
     if kept.has_plan:
+        fleet = _fleet(run, " of a fleet, none here: ")
         cards.append(
             (
                 "Privacy",
                 f"ε = {epsilon:.4g}" if isinstance(epsilon, int | float) else "planned",
-                f"δ = {delta:g}, for each {privacy.get('unit', 'user')}".replace("e-0", "e-") if delta else "see below",
+                f"δ = {delta:g}, for each {privacy.get('unit', 'user')}{fleet}".replace("e-0", "e-") if delta else "see below",
             )
         )
     elif run.config or run.report:
@@ -207,6 +208,12 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         seconds = f", {_duration(cost['seconds'])} in all" if "seconds" in cost else ""
         cards.append(("Upload, per user and round", _bytes(cost["upload_bytes_per_user"]), f"{cost.get('rounds', 0):,} rounds{seconds}"))
     return cards
+
+
+def _fleet(run: Run, words: str) -> str:
+    """The fleet a run asked about, after ``words``; empty where it asked none."""
+    fleet = (run.report.get("privacy") or {}).get("fleet_users") or (run.config.get("privacy") or {}).get("fleet_users")
+    return f"{words}{fleet:,}" if fleet else ""
 
 
 def _results(runs: Sequence[Run]) -> list[Results]:
@@ -239,7 +246,8 @@ def _table(title: str, runs: Sequence[Run], split: Any) -> ResultsTable:
     for run in runs:
         for row in recommenders(run.report, split):
             if row.kind != "baseline" and len(runs) > 1:
-                row = replace(row, label=run.name if row.kind == "federated" else f"{run.name}: {row.label[0].lower()}{row.label[1:]}")
+                is_whole = row.kind == "federated"
+                row = replace(row, label=run.name + (row.label.removeprefix("Federated") if is_whole else f": {row.label[0].lower()}{row.label[1:]}"))
             if not (row.kind == "baseline" and any(row == other for _, other in rows)):
                 rows.append((run.colour, row))
     place = {"federated": 0, "part": 1, "baseline": 2}
@@ -271,7 +279,7 @@ def _curves(runs: Sequence[Run]) -> list[LineChart]:
         for run in runs
         for column, words in (("unseen", "unseen items"), ("all", "all items"))
     ]
-    epsilon = [Series(named(run, "epsilon"), run.colour, *read(run, "epsilon")) for run in runs]
+    epsilon = [Series(named(run, f"epsilon{_fleet(run, ' of a fleet of ')}"), run.colour, *read(run, "epsilon")) for run in runs]
     clip = [Series(named(run, "clip norm"), run.colour, *read(run, "clip_norm")) for run in runs]
     charts = [
         ("Training loss", loss, {"digits": ".4g"}),

@@ -53,7 +53,8 @@ def recommenders(report: Mapping[str, Any], split: Literal["test", "validation"]
     rows = [_row(label(name), "baseline", values[split]) for name, values in (report.get("baselines") or {}).items() if values.get(split)]
     rows += [_row(f"{label(name)} alone", "part", values) for name, values in (found.get("parts") or {}).items()]
     if found.get("all") or found.get("unseen"):
-        rows.append(_row("Federated", "federated", found))
+        fleet = (report.get("privacy") or {}).get("fleet_users")
+        rows.append(_row(f"Federated, noise of a fleet of {fleet:,}" if fleet else "Federated", "federated", found))
     return rows
 
 

@@ -237,39 +237,18 @@ def test_a_ledger_is_bound_to_one_plan(tmp_path: Path):
     assert Ledger(ledger.path).charged() == {"training": 1}
 
 
-def test_the_larger_count_of_ledger_and_checkpoint_wins(tmp_path: Path):
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.charge("training", 1)
-    ledger.charge("training", 2)
-    ledger.merge({"training": 1})
-    assert ledger.charged() == {"training": 2}
-    ledger.merge({"training": 5, "counts": 1})
-    assert ledger.charged() == Ledger(ledger.path).charged() == {"training": 5, "counts": 1}
-    ledger.charge("training", 3)
-    assert Ledger(ledger.path).charged() == {"training": 6, "counts": 1}
-
-
-def test_an_older_checkpoint_takes_no_attempt_away(tmp_path: Path):
-    ledger = Ledger(tmp_path / "ledger.jsonl")
-    ledger.charge("training", 1)
-    before = ledger.path.read_bytes()
-    ledger.merge({})
-    ledger.merge({"training": 1})
-    assert ledger.path.read_bytes() == before
-    assert ledger.last_attempt("training", 1) == 0
-
-
-def test_a_ledger_that_lost_lines_never_uses_an_attempt_number_again(tmp_path: Path):
+def test_a_ledger_that_knows_less_than_a_checkpoint_is_refused(tmp_path: Path):
     path = tmp_path / "ledger.jsonl"
     lines = written(path)
-    path.write_bytes(b"".join(lines[:2]))  # A backup: the seal of round 1 is gone, and its noise may be out.
-    ledger = Ledger(path)
-    ledger.merge({"training": 3})
-    assert ledger.last_attempt("training", 1) is None
-    fresh = [ledger.charge("training", 1), ledger.charge("training", 4)]
-    assert min(fresh) > 1000  # random of 48 bits
-    assert Ledger(path).last_attempt("training", 1) == fresh[0]
-    assert Ledger(path).charge("training", 1) == fresh[0] + 1
+    whole = Ledger(path)
+    whole.check_not_behind(whole.charged())
+    whole.check_not_behind({})
+    path.write_bytes(b"".join(lines[:2]))  # A backup: what came after is gone, and its noise may be out.
+    behind = Ledger(path)
+    for lost in (whole.charged(), {"counts": 99}):
+        with pytest.raises(RunFolderError, match="the ledger is behind"):
+            behind.check_not_behind(lost)
+    assert path.read_bytes() == b"".join(lines[:2])
 
 
 def play(ledger: Ledger, plan: Plan, totals_of_try: str, round_number: int, crash: str, drawn: dict[tuple[int, int], set[str]]) -> None:

@@ -454,16 +454,22 @@ def test_under_a_plan_a_resume_costs_nothing_more_and_ends_with_the_same_bytes(p
     assert done.report["privacy"] == private.report["privacy"]
 
 
-def test_the_spent_budget_is_in_the_checkpoint_and_survives_a_lost_ledger(tmp_path: Path):
+@pytest.mark.parametrize("damage", ["gone", "behind", "changed"])
+def test_with_a_ledger_that_is_gone_behind_or_changed_nothing_is_trained_and_nothing_charged(damage: str, tmp_path: Path):
     stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(3))
-    charged = {"counts": 1, "training": 2}
-    assert read_checkpoint(list_checkpoints(stopped.folder / "checkpoints")[-1]).state.charged == charged
-    (stopped.folder / "ledger.jsonl").unlink()
-    done = resume(stopped.folder, PRIVATE)
-    assert done.state.charged == {"counts": 1, "training": 3}
-    assert Ledger(stopped.folder / "ledger.jsonl").charged() == {"counts": 1, "training": 3}
-    # New attempts are numbered from a random start, so that no noise is drawn twice.
-    assert read_lines(stopped.folder / "metrics.jsonl")[-1]["attempt"] > 1000
+    assert read_checkpoint(list_checkpoints(stopped.folder / "checkpoints")[-1]).state.charged == {"counts": 1, "training": 2}
+    path = stopped.folder / "ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    if damage == "gone":
+        path.unlink()
+    else:
+        changed = lines[-1].replace(b'"round":2', b'"round":1')
+        path.write_bytes(b"".join(lines[:3]) if damage == "behind" else b"".join([*lines[:-1], changed]))
+        assert path.read_bytes() != b"".join(lines)
+    before = {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()}
+    with pytest.raises(RunFolderError, match="corrupt" if damage == "changed" else "behind"):
+        resume(stopped.folder, PRIVATE)
+    assert {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()} == before
 
 
 def test_a_resume_that_would_overspend_is_refused_and_releases_nothing(tmp_path: Path):
