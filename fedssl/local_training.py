@@ -271,14 +271,21 @@ def train_users(
         leaves = [*now.values(), *([head] if head is not None else [])]
         slopes = torch.autograd.grad(loss_U.sum(), [*leaves, table.anchor], allow_unused=True)
         slope_items = table.finish()
+        taken: set[int] = set()
         for (name, leaf), slope in zip(now.items(), slopes, strict=False):
             slope = torch.zeros(leaf.shape) if slope is None else slope
             if local.weight_decay:
                 slope = slope + local.weight_decay * leaf.detach()
             if local.proximal and name in update:
                 slope = slope + local.proximal * update[name]
-            # Not in place: two leaves that an encoder adds up share one slope.
-            update[name] = slope * -local.lr if name not in update else update[name].add_(slope, alpha=-local.lr)
+            if name in update:
+                update[name].add_(slope, alpha=-local.lr)
+            else:
+                # In place but where leaves share one slope: those that an encoder adds up.
+                place = slope.untyped_storage().data_ptr()
+                is_own = place not in taken and slope.is_contiguous()
+                taken.add(place)
+                update[name] = slope.mul_(-local.lr) if is_own else slope * -local.lr
         if local.weight_decay:
             slope_items = slope_items + local.weight_decay * _touched(batch, table)
         if local.proximal and items is not None:

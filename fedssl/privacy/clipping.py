@@ -83,7 +83,7 @@ class GridTotal:
             if self._users + len(norm_B) > USERS_IN_INT32:
                 self._flush()
             self._users += len(norm_B)
-            self._block_P[:split] += (body_BP * scale_B[:, None]).to(torch.int32).sum(0, dtype=torch.int32)
+            self._block_P[:split] += body_BP.mul_(scale_B[:, None]).to(torch.int32).sum(0, dtype=torch.int32)
             table = self._block_P[split:].view(-1, D)
             if trained.rows_UK is None:
                 # A user at a time, in memory that stays: whole tables of many users leave the cache, and fresh pages cost more than the sums.
