@@ -7,6 +7,7 @@ user. What is drawn depends on (seed, phase, round, user), so a user trains alik
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -271,7 +272,7 @@ def train_users(
         leaves = [*now.values(), *([head] if head is not None else [])]
         slopes = torch.autograd.grad(loss_U.sum(), [*leaves, table.anchor], allow_unused=True)
         slope_items = table.finish()
-        taken: set[int] = set()
+        owners = Counter(slope.untyped_storage().data_ptr() for slope in slopes if slope is not None)
         for (name, leaf), slope in zip(now.items(), slopes, strict=False):
             slope = torch.zeros(leaf.shape) if slope is None else slope
             if local.weight_decay:
@@ -281,10 +282,8 @@ def train_users(
             if name in update:
                 update[name].add_(slope, alpha=-local.lr)
             else:
-                # In place but where leaves share one slope: those that an encoder adds up.
-                place = slope.untyped_storage().data_ptr()
-                is_own = place not in taken and slope.is_contiguous()
-                taken.add(place)
+                # In place, but where leaves share one slope: those that an encoder adds up.
+                is_own = owners[slope.untyped_storage().data_ptr()] == 1 and slope.is_contiguous()
                 update[name] = slope.mul_(-local.lr) if is_own else slope * -local.lr
         if local.weight_decay:
             slope_items = slope_items + local.weight_decay * _touched(batch, table)

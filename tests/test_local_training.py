@@ -234,7 +234,7 @@ def test_a_user_trains_alike_alone_and_in_a_crowd_in_float32(name: str):
     setup = a_case(**CASES[name])
     crowd = setup.train(range(7))
     for user in (0, 1, 2, 6):
-        assert_alike(setup.train([user]), crowd, user, 1e-6)
+        assert_alike(setup.train([user]), crowd, user, 4e-6)
 
 
 @pytest.mark.usefixtures("double")
