@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
-from fedssl.disk import sync
+from fedssl.disk import sync, writing
 from fedssl.errors import CatalogueMismatch, CheckpointError, DataError, FedSSLError
 from fedssl.parts import make_parts
 from fedssl.recipe import Recipe, read_recipe
@@ -55,8 +56,22 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, bes
     """Write a checkpoint into ``folder`` (a run's `checkpoints`), then remove all but the newest ``keep`` and that of
     training round ``best`` (0: none).
 
-    Guarantee: killed at any moment, the folder has the old checkpoints whole, or the new one too, never half of one.
+    Guarantee: killed at any moment, or out of room, the folder has the old checkpoints whole, or the new one too, never half of one.
+    Raises DiskError where it cannot be written.
     """
+    try:
+        with writing(folder):
+            return _write(folder, checkpoint, keep, best)
+    finally:
+        # Room for who needs it, where there was too little for this.
+        shutil.rmtree(_beside(folder, checkpoint.state), ignore_errors=True)
+
+
+def _beside(folder: Path, state: State) -> Path:
+    return folder / f".{name_of(state)}.new"
+
+
+def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for rest in [*folder.glob(".round-*.new"), *folder.glob(".round-*.old")]:
         shutil.rmtree(rest, ignore_errors=True)  # A process was killed while it wrote or removed this one.
@@ -65,15 +80,15 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, bes
     if target.exists():
         # Whole, by the guarantee, and of the same round: what would be written is what is there.
         return target
-    beside = folder / f".{target.name}.new"
+    beside = _beside(folder, state)
     beside.mkdir()
     # Who opens one file finds the model in it; what only a resume needs lies beside.
-    save_file(to_numpy(state.released(recipe)), beside / "weights.safetensors")
+    put_arrays(beside / "weights.safetensors", to_numpy(state.released(recipe)))
     if state.average_P is not None:
-        save_file(to_numpy(state.weights(recipe)), beside / "training.safetensors")
-    save_file(to_numpy(state.memory), beside / "optimizer.safetensors")
+        put_arrays(beside / "training.safetensors", to_numpy(state.weights(recipe)))
+    put_arrays(beside / "optimizer.safetensors", to_numpy(state.memory))
     if state.counts is not None:
-        save_file({"starts": state.counts.starts, "columns": state.counts.columns, "values": state.counts.values}, beside / "counts.safetensors")
+        put_arrays(beside / "counts.safetensors", {"starts": state.counts.starts, "columns": state.counts.columns, "values": state.counts.values})
     (beside / "recipe.json").write_text(recipe.canonical)
     write_catalogue(checkpoint.catalogue, beside / "catalogue.jsonl")
     about = {
@@ -101,9 +116,33 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int = 1, bes
     return target
 
 
+def put_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write a file of named arrays."""
+    # Not safetensors' own `save_file`: what it raises on a full disk is no OSError.
+    path.write_bytes(save(dict(arrays)))
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted(path for path in folder.glob("round-*") if path.is_dir())
+
+
+def oldest_round(folder: Path) -> int:
+    """The training round of the oldest checkpoint; 0: of one from before training, or where there is none."""
+    found = list_checkpoints(folder)
+    return int(found[0].name.removeprefix("round-")) if found else 0
+
+
+def newest_checkpoint(folder: Path) -> Checkpoint | None:
+    """What a run goes on from; None where it has no checkpoint yet. Raises CheckpointError for a damaged one, with what can be done."""
+    found = list_checkpoints(folder)
+    if not found:
+        return None
+    try:
+        return read_checkpoint(found[-1])
+    except CheckpointError as error:
+        rest = f"the run goes on from {found[-2].name} where {found[-1].name} is taken away" if len(found) > 1 else "there is no other here, start a new run"
+        raise CheckpointError(f"{error}; {rest}") from None
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -1,9 +1,13 @@
-"""What was written, on the disk: the one wait behind every promise that outlives a crash."""
+"""What is written, on the disk: whole or not there, waited for, and an error that says where it could not be."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from fedssl.errors import DiskError
 
 
 def sync(path: Path) -> None:
@@ -13,3 +17,38 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Around what writes ``path``: no room, no right, a read-only or a broken disk become a DiskError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{path}: cannot be written ({error.strerror or error}); make room, or get the right to write there, and do the same again (a run: --resume). "
+            "What was whole still is"
+        ) from None
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A new file beside ``path``, for the block to fill, that takes its name, synced, when the block ends well, and is removed when it does not.
+
+    Raises DiskError where it cannot be written; then, and where the process is killed, ``path`` is as it was.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        try:
+            yield beside
+            sync(beside)
+            os.replace(beside, path)
+            sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file: whole, or as it was. Raises DiskError."""
+    with whole_file(path) as beside:
+        beside.write_text(text, encoding="utf-8")

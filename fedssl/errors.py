@@ -42,6 +42,10 @@ class RunFolderError(FedSSLError):
     """The run folder is missing, taken, or does not belong to this run."""
 
 
+class DiskError(FedSSLError):
+    """Something that must be kept cannot be written: no room, no right, a read-only or a broken disk."""
+
+
 class BudgetSpent(FedSSLError):
     """The next round would break the promised epsilon."""
 

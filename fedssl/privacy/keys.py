@@ -45,8 +45,9 @@ def make_keys(folder: Path) -> Keys:
         raise RunFolderError(f"{folder}: no such folder to make keys in; create the run folder first")
     if target.exists():
         raise RunFolderError(f"{target}: keys exist already and are never overwritten; resume that run, or start one in another folder")
-    beside = Path(tempfile.mkdtemp(prefix=".secrets-", dir=folder))  # 0700
+    beside = None
     try:
+        beside = Path(tempfile.mkdtemp(prefix=".secrets-", dir=folder))  # 0700
         for name in _FILES:
             descriptor = os.open(beside / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
@@ -56,7 +57,8 @@ def make_keys(folder: Path) -> Keys:
         sync(beside)
         os.rename(beside, target)  # Fails where another process was faster: a folder with files is never replaced.
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
         raise RunFolderError(f"{target}: keys could not be written ({error}); check space and rights, and that no other run starts here") from error
     sync(folder)
     return read_keys(folder)

@@ -6,12 +6,9 @@ under a privacy plan, ``secrets/`` and ``ledger.jsonl``. Called again, it goes o
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +16,16 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedssl.catalogue import read_catalogue
-from fedssl.checkpoints import Checkpoint, list_checkpoints, read_checkpoint, write_checkpoint
+from fedssl.checkpoints import Checkpoint, newest_checkpoint
 from fedssl.config import RunConfig, check
 from fedssl.errors import CheckpointError, ConfigError, RunFolderError
+from fedssl.keeper import Keeper
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import Plan, make_plan
 from fedssl.recipe import make_recipe
-from fedssl.server_round import State, first_state
+from fedssl.round_lines import append_line, cut_back
+from fedssl.server_round import State, first_state, phases_of
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
 
 
@@ -59,28 +58,15 @@ def serve(
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users)
-    checkpoints = list_checkpoints(folder / "checkpoints")
-    begin = read_checkpoint(checkpoints[-1]) if checkpoints else Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
+    begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
     if begin.recipe.hash != recipe.hash:
-        raise CheckpointError(f"{checkpoints[-1]}: made by another recipe than {folder / 'run.toml'} gives now; undo the change, or begin another folder")
+        raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, plan, begin.state)
     run = Run(begin.run, recipe, num_users, node_ids, owner_U, plan, keys, ledger, deadline_seconds)
-    keeper = _Keeper(folder, config, plan, begin)
-    state = run_rounds(grid, run, begin.state, on_round=keeper.on_round, should_stop=should_stop, settled=lambda: keeper.settled)
-    keeper.keep(state)
-    return state
+    lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)
+    cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases_of(recipe)])
 
-
-class _Keeper:
-    """What a run writes down while it goes on: a line a round, a checkpoint when one is due."""
-
-    def __init__(self, folder: Path, config: RunConfig, plan: Plan | None, begin: Checkpoint):
-        self.folder, self.system, self.plan, self.begin = folder, config.system, plan, begin
-        self.settled = begin.state.round if begin.state.phase == "training" else 0
-        self._since, self._rounds = time.monotonic(), 0
-        _cut_back(folder / "metrics.jsonl", begin.state)
-
-    def on_round(self, state: State, facts: RoundFacts) -> None:
+    def on_round(state: State, facts: RoundFacts) -> None:
         line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
         if facts.clip_norm is not None:
             line["clip_norm"] = facts.clip_norm
@@ -92,25 +78,17 @@ class _Keeper:
             "download_bytes": facts.download_bytes,
             "refused": {str(node): why for node, why in facts.refused.items()},
         }
-        line |= seen if self.plan is None else {"epsilon": self.plan.epsilon(state.charged), "researcher_only": seen}
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-        more = f", loss {facts.loss}, {len(facts.refused)} nodes refused" if self.plan is None else ""
+        line |= seen if plan is None else {"epsilon": plan.epsilon(state.charged), "researcher_only": seen}
+        append_line(lines, line)
+        more = f", loss {facts.loss}, {len(facts.refused)} nodes refused" if plan is None else ""
         print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s{more}", flush=True)
-        self._rounds += 1
-        is_late = bool(self.system.checkpoint_seconds) and time.monotonic() - self._since >= self.system.checkpoint_seconds
         # Under a plan a round that must be repeated is charged again, because a deployment does not repeat exactly: keep each.
-        if self.plan is not None or state.phase != "training" or is_late or self._rounds >= self.system.checkpoint_every:
-            self.keep(state)
+        if plan is not None or keeper.is_due(state):
+            keeper.keep(state)
 
-    def keep(self, state: State) -> None:
-        """Write a checkpoint; heads on the nodes need no way back beyond it."""
-        if not state.phase:
-            return
-        checkpoint = replace(self.begin, state=state)
-        write_checkpoint(self.folder / "checkpoints", checkpoint, keep=self.system.keep_checkpoints)
-        self.settled = state.round if state.phase == "training" else 0
-        self._since, self._rounds = time.monotonic(), 0
+    state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled)
+    keeper.keep(state)
+    return state
 
 
 def _read_settings(folder: Path) -> RunConfig:
@@ -134,19 +112,3 @@ def _open_secrets(folder: Path, plan: Plan | None, state: State) -> tuple[Keys |
     keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
     ledger.bind(plan.fingerprint)
     return keys, ledger
-
-
-def _cut_back(path: Path, state: State) -> None:
-    """Keep the lines of rounds that ``state`` has; the others are run, and written, again."""
-    if not path.exists():
-        return
-    kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # Torn by a crash: a line that is not whole is of a round that no checkpoint has.
-        is_earlier_phase = line.get("phase") == "counts" and state.phase == "training"
-        if is_earlier_phase or (line.get("phase") == state.phase and line.get("round", 0) <= state.round):
-            kept.append(text)
-    path.write_text("".join(f"{text}\n" for text in kept), encoding="utf-8")

@@ -101,9 +101,9 @@ def baselines(
     Example: fedssl baselines ml-1m --only popularity --only markov
     """
     from fedssl.data.dataset import load_dataset
+    from fedssl.disk import write_whole, writing
     from fedssl_simulations.baselines import NAMES, run_baselines
     from fedssl_simulations.run_files import read_run
-    from fedssl_simulations.run_folder import write_whole
 
     unknown = set(only or ()) - set(NAMES)
     if unknown:
@@ -111,7 +111,8 @@ def baselines(
     config = read_run(source, overrides or (), seed=seed)
     rows = run_baselines(config, load_dataset(config.data), names=tuple(only or NAMES), on_done=_say_baseline(quiet or as_json))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "baselines.json", json.dumps(rows, indent=1))
     _print_results({"baselines": rows}, as_json)
 
@@ -292,8 +293,8 @@ def _data_config(*, columns: str, **values: Any) -> DataConfig:
 
 
 def _finish(run: Run, as_json: bool) -> None:
+    from fedssl.round_lines import read_lines
     from fedssl_simulations.report import write_report
-    from fedssl_simulations.run_folder import read_lines
 
     page = run.folder / "report.html"
     write_report([run.folder], page)
@@ -330,8 +331,8 @@ def _finish(run: Run, as_json: bool) -> None:
 
 
 def _add_baselines(run: Run, quiet: bool) -> None:
+    from fedssl.disk import write_whole
     from fedssl_simulations.baselines import run_baselines
-    from fedssl_simulations.run_folder import write_whole
 
     rows = run_baselines(run.config, run.dataset, on_done=_say_baseline(quiet))
     place = run.report.get("researcher_only", run.report)

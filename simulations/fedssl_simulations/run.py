@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import platform
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -25,27 +24,29 @@ from numpy.typing import NDArray
 
 import fedssl
 from fedssl import seeds
-from fedssl.checkpoints import Checkpoint, list_checkpoints, name_of, name_of_round, read_checkpoint, write_checkpoint
+from fedssl.checkpoints import Checkpoint, name_of, name_of_round, newest_checkpoint, read_checkpoint
 from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import Histories, take_users
-from fedssl.disk import sync
+from fedssl.disk import write_whole
 from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
+from fedssl.keeper import Keeper
 from fedssl.parts import make_parts
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import make_plan
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
+from fedssl.round_lines import append_line, cut_back, read_lines
 from fedssl.server_round import State, first_state, phases_of
 from fedssl.workers import Workers
 from fedssl_simulations.diagnostics import contrast_facts
 from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run_files import read_written_run, write_run
-from fedssl_simulations.run_folder import append_line, claim, cut_back, read_lines, write_whole
+from fedssl_simulations.run_folder import claim
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,39 +154,28 @@ def _simulate(
     node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
     run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, plan, keys if plan is not None else None, ledger)
     rounds = {phase.name: phase.rounds for phase in phases}
-    settled = state.round if state.phase == "training" else 0
-    last_written = time.monotonic()
+    keeper = Keeper(folder, Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"]), config.system)
+    trained = state.round if state.phase == "training" else 0
     if patience:
-        _check_best_is_here(folder, state, seen, patience, is_last=settled == rounds["training"])
-
-    def heads_settled() -> int:
-        # The run may end at the best round, so heads must find their way back to it.
-        return min(settled, best_round(seen) or settled)
+        _check_best_is_here(folder, state, seen, patience, is_last=trained == rounds["training"])
 
     def is_enough() -> bool:
         return is_over(seen, patience) or should_stop()
 
     # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
-    _take_back_heads(shards, recipe, after=settled, settled=heads_settled())
+    _take_back_heads(shards, recipe, after=trained, settled=keeper.settled)
 
     @cache
     def sample() -> NDArray[np.int64]:
         return _sample(config, histories)
 
     def save(state: State) -> None:
-        nonlocal settled, last_written
-        if state.phase:
-            for shard in shards.values():
-                store = shard.heads(recipe)
-                if store is not None:
-                    store.flush()
-            if patience and state.phase == "training":
-                # A checkpoint that outlived its line would be the best round's, and nobody would know.
-                sync(folder / "metrics.jsonl")
-            checkpoint = Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"])
-            write_checkpoint(folder / "checkpoints", checkpoint, keep=config.system.keep_checkpoints, best=best_round(seen))
-            settled = state.round if state.phase == "training" else 0
-        last_written = time.monotonic()
+        for shard in shards.values():
+            store = shard.heads(recipe)
+            if store is not None:
+                store.flush()
+        # The run may end at its best round: that checkpoint stays, and with it the way back of heads.
+        keeper.keep(state, best=best_round(seen))
 
     def on_round(state: State, facts: RoundFacts) -> None:
         validation = None
@@ -212,14 +202,13 @@ def _simulate(
         for shard in shards.values():
             # A node that is not asked next time must not be noted down again.
             shard.notes = Notes()
-        due = config.system.checkpoint_seconds and time.monotonic() - last_written >= config.system.checkpoint_seconds
         is_turn = validation is not None and (best_round(seen) == facts.round or is_over(seen, patience))
-        if facts.phase != "training" or is_last or is_turn or facts.round % config.system.checkpoint_every == 0 or due:
+        if is_last or is_turn or keeper.is_due(state):
             save(state)
         on_progress(Progress(facts, rounds[facts.phase], validation, epsilon, config.privacy.fleet_users))
 
     with pool, InProcessGrid(handler_of(shards), nodes) as grid:
-        state = run_rounds(grid, run, state, on_round=on_round, should_stop=is_enough, settled=heads_settled, phases=phases)
+        state = run_rounds(grid, run, state, on_round=on_round, should_stop=is_enough, settled=lambda: keeper.settled, phases=phases)
     is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds) or is_over(seen, patience)
     rounds_run = state.round
     if is_finished and seen and best_round(seen) != state.round:
@@ -348,13 +337,10 @@ def _check_best_is_here(folder: Path, state: State, seen: Validations, patience:
 
 
 def _last_state(folder: Path, recipe: Recipe, dataset: Dataset) -> State | None:
-    found = list_checkpoints(folder / "checkpoints")
-    if not found:
-        return None
-    checkpoint = read_checkpoint(found[-1])
-    if checkpoint.recipe.hash != recipe.hash:
-        raise RunFolderError(f"{found[-1]}: made with other settings than run.toml has; run.toml was changed, put it back or start a new run")
-    return checkpoint.state
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None and checkpoint.recipe.hash != recipe.hash:
+        raise RunFolderError(f"{folder}: its checkpoint was made with other settings than run.toml has; run.toml was changed, put it back or start a new run")
+    return checkpoint.state if checkpoint is not None else None
 
 
 def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:

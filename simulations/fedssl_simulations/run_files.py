@@ -12,8 +12,8 @@ from typing import Any
 import tomli_w
 
 from fedssl.config import RunConfig, check
+from fedssl.disk import write_whole
 from fedssl.errors import ConfigError
-from fedssl_simulations.run_folder import write_whole
 
 
 def presets() -> dict[str, str]:

@@ -25,7 +25,6 @@ import torch
 from fedssl_server import rounds
 from fedssl_simulations import run as run_module
 from fedssl_simulations.run import simulate
-from fedssl_simulations.run_folder import read_lines
 from small import KEYS, PLAN, learned, small_config, small_dataset
 
 from fedssl import checkpoints, client_round, server_round
@@ -33,6 +32,7 @@ from fedssl.config import RunConfig
 from fedssl.heads import store as heads_store
 from fedssl.privacy import clipping, ledger
 from fedssl.privacy.plan import make_plan
+from fedssl.round_lines import read_lines
 
 USERS = 16
 CONFIG = small_config(
@@ -164,8 +164,8 @@ HISTORIES = [
     once("before a line of metrics", at(run_module, "append_line", 4, "before")),
     once("in a line of metrics", at(run_module, "append_line", 4, "", within=half_a_metric)),
     once("after a line of metrics", at(run_module, "append_line", 5, "after")),
-    once("in a checkpoint, first file", at(checkpoints, "save_file", 4, "after")),
-    once("in a checkpoint with an average, between the model and the weights of training", at(checkpoints, "save_file", 7, "after")),
+    once("in a checkpoint, first file", at(checkpoints, "put_arrays", 4, "after")),
+    once("in a checkpoint with an average, between the model and the weights of training", at(checkpoints, "put_arrays", 7, "after")),
     once("in a checkpoint, before its rename", at(os, "rename", 2, "before", target=".new")),
     once("in a checkpoint, after its rename", at(os, "rename", 2, "after", target=".new")),
     once("before an old checkpoint is taken away", at(os, "rename", 1, "before", target=".old")),
@@ -336,7 +336,7 @@ PATIENT = small_config(
 LINES, HEADS = 11, 20
 EARLY = [
     once("between the best round's line and its checkpoint", at(run_module, "append_line", 5, "after")),
-    once("in the best round's checkpoint", at(checkpoints, "save_file", 11, "after")),
+    once("in the best round's checkpoint", at(checkpoints, "put_arrays", 11, "after")),
     once("before the line that ends it", at(run_module, "append_line", LINES, "before")),
     once("between the line that ends it and the last checkpoint", at(run_module, "append_line", LINES, "after")),
     once("before it goes back to its best round", at(run_module, "read_checkpoint", 1, "before")),

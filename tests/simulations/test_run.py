@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fedssl_simulations.run import Run, heads_of, make_shards, simulate
 from fedssl_simulations.run_files import read_run
-from fedssl_simulations.run_folder import claim, read_lines
+from fedssl_simulations.run_folder import claim
 from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
 
 from fedssl.checkpoints import list_checkpoints, read_checkpoint
@@ -24,6 +24,7 @@ from fedssl.privacy import accounting
 from fedssl.privacy.ledger import Ledger
 from fedssl.recipe import make_recipe
 from fedssl.recommender import Recommender
+from fedssl.round_lines import read_lines
 
 CONFIG = small_config(
     {
