@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from fedssl_server import rounds
@@ -101,33 +100,15 @@ def half_a_metric(path: Path, values: Any) -> None:
 
 
 def in_heads(call: int, when: str) -> Sabotage:
-    """At the ``call``-th change of heads in the memory map: the journal knows of it, the file not yet, half, or wholly."""
+    """At the ``call``-th change of heads in their file: the journal knows of it, the file not yet, half, or wholly."""
+    store = heads_store.HeadStore
+    real = store._put
 
-    def sabotage() -> None:
-        seen = [0]
+    def half(self: Any, places: Any, heads: Any) -> None:
+        some = len(places) // 2 + 1
+        real(self, places[:some], heads[:some])
 
-        class Killing(np.memmap):
-            def __setitem__(self, place: Any, value: Any) -> None:
-                seen[0] += 1
-                if seen[0] == call:
-                    if when == "half":
-                        chosen = np.atleast_1d(place)
-                        half = len(chosen) // 2 + 1
-                        np.asarray(self)[chosen[:half]] = np.asarray(value).reshape(len(chosen), -1)[:half]
-                    if when == "after":
-                        np.asarray(self)[place] = value
-                    die()
-                super().__setitem__(place, value)
-
-        real = heads_store.HeadStore.__init__
-
-        def made(self: Any, *arguments: Any) -> None:
-            real(self, *arguments)
-            self._heads = self._heads.view(Killing)
-
-        heads_store.HeadStore.__init__ = made  # type: ignore[method-assign]
-
-    return sabotage
+    return at(store, "_put", call, when, within=half if when == "half" else None)
 
 
 class Kills(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -81,9 +82,62 @@ def test_what_a_checkpoint_settled_is_forgotten(tmp_path: Path):
         store.write(np.array([3]), filled(round, 1), round=round)
     assert (tmp_path / "journal.bin").stat().st_size == 3 * ENTRY_BYTES
     store.begin(4, settled=2)
-    assert (tmp_path / "journal.bin").stat().st_size == ENTRY_BYTES
+    # The one change that is left, and that two rounds were forgotten.
+    assert (tmp_path / "journal.bin").stat().st_size == 2 * ENTRY_BYTES
     store.begin(3, settled=2)
     assert values(store) == [2, 0, 0, 0]
+
+
+def test_heads_that_cannot_go_back_so_far_say_so_in_every_process(tmp_path: Path):
+    store = open_store(tmp_path)
+    for round in (1, 2, 3):
+        store.begin(round, settled=0)
+        store.write(np.array([3]), filled(round, 1), round=round)
+    store.begin(4, settled=2)
+    for opened in (store, open_store(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"can go back to the end of round 2 and no further, and round 2 was to begin; resume from the checkpoint of"):
+            opened.begin(2, settled=1)
+        assert values(opened) == [3, 0, 0, 0]
+    store.begin(3, settled=2)
+    store.begin(3, settled=2)
+    assert values(open_store(tmp_path)) == [2, 0, 0, 0]
+
+
+def test_after_a_power_loss_heads_that_reached_the_disk_alone_still_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    on_disk: dict[int, bytes] = {}
+    heads_then: dict[int, bytes] = {}
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        about = os.fstat(descriptor)
+        if stat.S_ISREG(about.st_mode):
+            on_disk[about.st_ino] = Path(f"/proc/self/fd/{descriptor}").read_bytes()
+            heads_then[about.st_ino] = (tmp_path / "user-vector.f32").read_bytes() if (tmp_path / "user-vector.f32").exists() else b""
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    store = open_store(tmp_path)
+    for round, settled in ((1, 0), (2, 0), (3, 1), (4, 1)):
+        store.begin(round, settled=settled)
+        heads = (tmp_path / "user-vector.f32").read_bytes()
+        store.write(USERS[round % 2 :: 2], filled(round, 2), round=round)
+        assert heads_then[(tmp_path / "journal.bin").stat().st_ino] == heads
+        before = {name: (tmp_path / name).read_bytes() for name in ("user-vector.f32", "journal.bin")}
+        # The worst there can be: of the heads all that was written, of the journal what was waited for and no more.
+        (tmp_path / "journal.bin").write_bytes(on_disk[(tmp_path / "journal.bin").stat().st_ino])
+        survivor = open_store(tmp_path)
+        survivor.begin(round, settled=settled)
+        assert values(survivor) == [[0, 0, 0, 0], [0, 1, 0, 1], [2, 1, 2, 1], [2, 3, 2, 3]][round - 1]
+        for name, raw in before.items():
+            (tmp_path / name).write_bytes(raw)
+        store = open_store(tmp_path)
+
+
+def test_heads_cut_short_while_they_are_used_say_so(tmp_path: Path):
+    store = open_store(tmp_path)
+    os.truncate(tmp_path / "user-vector.f32", 5)
+    with pytest.raises(CheckpointError, match=r"user-vector.f32: cut short while it was used"):
+        store.read(USERS)
 
 
 def test_nothing_is_rewritten_where_there_is_nothing_to_take_back_or_forget(tmp_path: Path):
