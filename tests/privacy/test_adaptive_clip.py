@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from fedssl_simulations.run import simulate
-from fedssl_simulations.run_folder import read_lines
 from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,6 +28,7 @@ from fedssl.privacy.keys import draw_cohort
 from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan, make_plan
 from fedssl.records import Address, Download
+from fedssl.round_lines import read_lines
 from fedssl.server_round import State, first_state
 from fedssl.weights import to_numpy
 

@@ -13,7 +13,6 @@ from fedssl_simulations.cli import main
 from fedssl_simulations.report import write_report
 from fedssl_simulations.run import Run, simulate
 from fedssl_simulations.run_files import write_run
-from fedssl_simulations.run_folder import read_lines
 from small import KEYS, PLAN, recipe_of, small_config, small_dataset
 
 from fedssl.catalogue import write_catalogue
@@ -25,6 +24,7 @@ from fedssl.data.synthetic import synthesize
 from fedssl.errors import ConfigError, WireError
 from fedssl.privacy.plan import Plan, make_plan
 from fedssl.records import Address, Download
+from fedssl.round_lines import read_lines
 from fedssl.wire import to_bytes
 
 FLEET = {"privacy": {"fleet_users": 2_400_000}}
