@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -30,7 +29,8 @@ def train(message: Message, context: Context) -> Message:
     """Answer a Download with an Upload, or with an error that says what kind of failure it was."""
     try:
         download = wire.to_bytes(wire.download_from_record_dict(message.content))
-        upload = run_trainer(download, _store(context), seconds=message.metadata.created_at + message.metadata.ttl - time.time())
+        # From now on and not from when it was sent: the server's clock and this device's may be hours apart.
+        upload = run_trainer(download, _store(context), seconds=message.metadata.ttl)
         return Message(wire.to_record_dict(wire.upload_from_bytes(upload)), reply_to=message)
     except FedSSLError as error:
         return _failed(message, error)

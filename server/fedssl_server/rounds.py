@@ -191,7 +191,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             if node in chosen:
                 users = None if run.hosts_one[index] else chosen[node]
                 group = f"{address.phase} {address.round}"
-                messages.append(grid.create_message(wire.with_users(content, users), "train", node, group, ttl=run.deadline_seconds))
+                messages.append(Message(wire.with_users(content, users), node, "train", ttl=run.deadline_seconds, group_id=group))
                 asked[node] = len(chosen[node])
         down += sum(array.nbytes for array in tensors.values()) * len(messages)
         for item in _replies(grid, messages, run.deadline_seconds):

@@ -3,7 +3,7 @@
 Messages wait in order; a few handler threads answer them, so that a node trains while the server folds. Training is
 threaded inside the handler, so one handler thread is the default. What is true here as on a SuperLink: containers are
 not shared (a node that changes what it received, or what it sent, reaches nobody else), a node's exception is an error
-reply, messages expire after their time to live, one node never answers two messages at once, and a node's state lasts
+reply, messages expire after their time to live (here by a clock that nobody sets), one node never answers two messages at once, and a node's state lasts
 as long as the Grid. What is different:
   - at most ``window`` replies are in being at once (being made, or waiting to be pulled), so memory does not grow with
     the number of nodes; only a message that is asked for while nothing else that is asked for is on its way may exceed it;
@@ -73,6 +73,8 @@ class InProcessGrid(Grid):
         # The condition guards everything below it.
         self._changed = Condition()
         self._waiting: OrderedDict[str, Message] = OrderedDict()
+        # When each is to be forgotten, by a clock that nobody sets.
+        self._ends: dict[str, float] = {}
         self._running: dict[str, int] = {}
         self._done: dict[str, Message | BaseException] = {}
         self._abandoned: set[str] = set()
@@ -92,7 +94,7 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None) -> Message:
-        """A message to one node. ``ttl``: seconds after which it and its reply are forgotten; None: Flower's 12 hours."""
+        """`Message` with its arguments in another order: deprecated in Flower, whose Grid still asks for it."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> list[int]:
@@ -109,6 +111,7 @@ class InProcessGrid(Grid):
                 name = f"message-{next(self._numbers)}"
                 message.metadata.__dict__["_message_id"] = name
                 self._waiting[name] = _isolate(message)
+                self._ends[name] = time.monotonic() + message.metadata.ttl
                 ids.append(name)
             self._changed.notify_all()
         return ids
@@ -141,7 +144,7 @@ class InProcessGrid(Grid):
                     replies.append(outcome)
                 elif replies:
                     break
-                del self._done[name]
+                del self._done[name], self._ends[name]
                 self._changed.notify_all()
                 if isinstance(outcome, BaseException):
                     raise outcome
@@ -164,8 +167,8 @@ class InProcessGrid(Grid):
         """Forget messages: those that wait are never handled, replies are dropped. On a SuperLink the time to live does this."""
         with self._changed:
             for name in message_ids:
-                self._waiting.pop(name, None)
-                self._done.pop(name, None)
+                for known in (self._waiting, self._done, self._ends):
+                    known.pop(name, None)
                 if name in self._running:
                     self._abandoned.add(name)
             self._changed.notify_all()
@@ -215,9 +218,9 @@ class InProcessGrid(Grid):
         # Whoever pulls one id at a time, in any order, must not wait for a window full of replies that nobody pulls.
         if is_full and (not self._asked or any(name in self._asked for name in in_being)):
             return None
-        busy, now = set(self._running.values()), time.time()
+        busy, now = set(self._running.values()), time.monotonic()
         for name, message in self._waiting.items():
-            if message.metadata.dst_node_id not in busy and (not is_full or name in self._asked) and _expires(message) > now:
+            if message.metadata.dst_node_id not in busy and (not is_full or name in self._asked) and self._ends[name] > now:
                 return self._waiting.pop(name)
         return None
 
@@ -242,11 +245,11 @@ class InProcessGrid(Grid):
 
     def _forget_expired(self) -> set[str]:
         """Drop messages and replies past their time to live, and return their ids. Called with the lock held."""
-        now = time.time()
-        expired = {name for name, message in [*self._waiting.items(), *self._done.items()] if isinstance(message, Message) and _expires(message) <= now}
+        now = time.monotonic()
+        expired = {name for name, message in [*self._waiting.items(), *self._done.items()] if isinstance(message, Message) and self._ends[name] <= now}
         for name in expired:
-            self._waiting.pop(name, None)
-            self._done.pop(name, None)
+            for known in (self._waiting, self._done, self._ends):
+                known.pop(name, None)
         self._changed.notify_all()
         return expired
 
@@ -282,7 +285,3 @@ def _isolate(message: Message) -> Message:
 
 def _error(message: Message, code: int, reason: str) -> Message:
     return Message(Error(code, reason), reply_to=message)
-
-
-def _expires(message: Message) -> float:
-    return message.metadata.created_at + message.metadata.ttl

@@ -44,13 +44,15 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def ask(content: RecordDict, kind: str, store: object, ttl: float = 60.0, **more: bool | float | int | str) -> Message:
-    """One message through the ClientApp, as a SuperNode would bring it."""
+def ask(content: RecordDict, kind: str, store: object, ttl: float = 60.0, sent_hours_ago: float = 0.0, **more: bool | float | int | str) -> Message:
+    """One message through the ClientApp, as a SuperNode would bring it. ``sent_hours_ago``: by the clock of the server."""
     config: dict[str, bool | float | int | str] = {name.replace("_", "-"): value for name, value in more.items()}
     if store is not None:
         config["store"] = str(store)
     with InProcessGrid(door.app, {7: config}, run_config={"store": "a server must not choose this"}) as grid:
-        (reply,) = grid.send_and_receive([grid.create_message(content, kind, 7, "1", ttl)])
+        message = Message(content, 7, kind, ttl=ttl, group_id="1")
+        message.metadata.__dict__["_created_at"] -= sent_hours_ago * 3600
+        (reply,) = grid.send_and_receive([message])
     return reply
 
 
@@ -116,6 +118,12 @@ def test_a_download_that_cannot_be_read_is_told_in_words(store: Path):
 def test_what_the_child_finds_wrong_with_a_download_is_told_in_words_too(store: Path):
     reply = ask(wire.to_record_dict(download_of(recipe_of(), users=[5])), "train", store)
     assert str(reply.error.reason).startswith("WireError: the Download names users that this node does not host")
+
+
+@pytest.mark.parametrize("sent_hours_ago", [-5.0, 5.0])
+def test_a_server_whose_clock_is_hours_off_gets_an_answer(sent_hours_ago: float, store: Path):
+    reply = ask(wire.to_record_dict(download_of(recipe_of(), users=[1])), "train", store, sent_hours_ago=sent_hours_ago)
+    assert not reply.has_error(), reply.error
 
 
 def test_training_ends_when_the_download_expires(store: Path):

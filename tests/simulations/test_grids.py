@@ -34,7 +34,7 @@ def echo(message: Message, context: Context) -> Message:
 
 def to_all(grid: InProcessGrid, text: str = "hi", ttl: float | None = None) -> list[Message]:
     content = note(text)
-    return [grid.create_message(content, "train", node, "1", ttl) for node in grid.get_node_ids()]
+    return [Message(content, node, "train", ttl=ttl, group_id="1") for node in grid.get_node_ids()]
 
 
 def wait_for(condition: object, seconds: float = 5.0) -> None:
@@ -71,7 +71,7 @@ def test_a_client_app_is_called_as_it_is_and_keeps_its_state_between_messages():
     with InProcessGrid(app, nodes(2)) as grid:
         for seen in ("seen 1", "seen 2"):
             assert [text_of(reply) for reply in grid.send_and_receive(to_all(grid))] == [seen] * 2
-        asked = [grid.create_message(note(""), "query.hello", node, "1") for node in grid.get_node_ids()]
+        asked = [Message(note(""), node, "query.hello", group_id="1") for node in grid.get_node_ids()]
         assert sorted(text_of(reply) for reply in grid.send_and_receive(asked)) == ["0", "1"]
 
 
@@ -91,7 +91,7 @@ def test_a_node_that_changes_what_it_got_or_what_it_sent_reaches_nobody():
 
     with InProcessGrid(vandal, nodes(3), window=3) as grid:
         content = RecordDict({**note("hi"), "arrays": ArrayRecord({"items": Array(np.ones(3))})})
-        ids = grid.push_messages([grid.create_message(content, "train", node, "1") for node in grid.get_node_ids()])
+        ids = grid.push_messages([Message(content, node, "train", group_id="1") for node in grid.get_node_ids()])
         # The server, too, may reuse what it sent before anybody has read it.
         content["note"] = ConfigRecord({"text": "next round"})
         wait_for(lambda: len(kept) == 3)
@@ -115,7 +115,7 @@ def test_bytes_of_arrays_are_shared_not_copied():
     with InProcessGrid(look, nodes(2)) as grid:
         array = Array(np.ones(3))
         content = RecordDict({"arrays": ArrayRecord({"items": array})})
-        replies = grid.send_and_receive([grid.create_message(content, "train", node, "1") for node in grid.get_node_ids()])
+        replies = grid.send_and_receive([Message(content, node, "train", group_id="1") for node in grid.get_node_ids()])
         returned = [reply.content["arrays"]["items"].data for reply in replies]  # type: ignore[index]
         assert all(data is array.data for data in [*seen, *returned])
 
@@ -178,7 +178,7 @@ def test_one_node_never_answers_two_messages_at_once_while_others_do():
 
     with InProcessGrid(work, nodes(2), window=8, threads=4) as grid:
         first, second = grid.get_node_ids()
-        messages = [grid.create_message(note("hi"), "train", node, "1") for node in (first, first, first, second, second)]
+        messages = [Message(note("hi"), node, "train", group_id="1") for node in (first, first, first, second, second)]
         replies = grid.send_and_receive(messages)
         assert [reply.has_error() for reply in replies] == [False] * 5
         assert max(together) == 2
@@ -224,7 +224,7 @@ def test_an_answer_to_another_message_is_an_error_reply():
 
 def test_a_message_to_an_unknown_node_and_an_unknown_id_are_error_replies():
     with InProcessGrid(echo, nodes(1)) as grid:
-        (reply,) = grid.send_and_receive([grid.create_message(note("hi"), "train", 99, "1")])
+        (reply,) = grid.send_and_receive([Message(note("hi"), 99, "train", group_id="1")])
         assert reply.error.code == 5
         (reply,) = grid.pull_messages(["message-77"])
         assert (reply.error.code, reply.metadata.reply_to_message_id) == (3, "message-77")
@@ -261,8 +261,8 @@ def test_a_message_past_its_time_to_live_is_never_handled_and_says_so():
         return echo(message, context)
 
     with InProcessGrid(work, nodes(2), window=2) as grid:
-        grid.push_messages([grid.create_message(note("first"), "train", 10, "1")])
-        ids = grid.push_messages([grid.create_message(note("short"), "train", 11, "1", 0.1)])
+        grid.push_messages([Message(note("first"), 10, "train", group_id="1")])
+        ids = grid.push_messages([Message(note("short"), 11, "train", ttl=0.1, group_id="1")])
         replies: list[Message] = []
         start = time.monotonic()
         while not replies and time.monotonic() - start < 5:
@@ -271,6 +271,29 @@ def test_a_message_past_its_time_to_live_is_never_handled_and_says_so():
         assert time.monotonic() - start < 1.0
         is_free.set()
     assert handled == ["first"]
+
+
+@pytest.mark.parametrize("hours", [-30.0, 30.0])
+def test_a_clock_that_jumps_expires_nothing(hours: float):
+    with InProcessGrid(echo, nodes(2)) as grid:
+        messages = to_all(grid, ttl=60.0)
+        for message in messages:
+            # As if it had been sent before, or after, the clock was set.
+            message.metadata.__dict__["_created_at"] += hours * 3600
+        assert [text_of(reply) for reply in grid.send_and_receive(messages, timeout=10)] == ["0:hi", "1:hi"]
+
+
+def test_nothing_is_kept_of_messages_that_are_done_with():
+    with InProcessGrid(echo, nodes(3)) as grid:
+        grid.send_and_receive(to_all(grid))
+        grid.abandon(grid.push_messages(to_all(grid)))
+        wait_for(lambda: not (grid._waiting or grid._done or grid._running))
+        assert not grid._ends
+
+
+def test_the_message_that_flowers_deprecated_method_makes_is_the_same():
+    with InProcessGrid(echo, nodes(1)) as grid:
+        assert text_of(grid.send_and_receive([grid.create_message(note("hi"), "train", 10, "1", 5.0)])[0]) == "0:hi"
 
 
 def test_closing_ends_the_threads_and_drops_what_waits():
@@ -302,7 +325,7 @@ def test_a_thousand_messages_a_second(capsys: pytest.CaptureFixture[str]):
     with InProcessGrid(handler, nodes(2000), window=4) as grid:
         content = RecordDict({"arrays": ArrayRecord({"items": weights}), **note("hi")})
         start = time.perf_counter()
-        missing = set(grid.push_messages([grid.create_message(content, "train", node, "1") for node in grid.get_node_ids()]))
+        missing = set(grid.push_messages([Message(content, node, "train", group_id="1") for node in grid.get_node_ids()]))
         while missing:
             missing -= {reply.metadata.reply_to_message_id for reply in grid.pull_messages(missing)}
         rate = 2000 / (time.perf_counter() - start)
