@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fedssl_server import rounds
 from fedssl_server.rounds import owners
 from fedssl_simulations.grids import Handler, InProcessGrid
 from flwr.app import Context, Message
@@ -194,17 +197,48 @@ def slow(nodes: set[int], seconds: float) -> Callable[[Handler], Handler]:
     return tamper
 
 
-def test_the_deadline_drops_late_nodes_and_the_round_goes_on():
-    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=slow({1}, 1.5), threads=3, deadline_seconds=0.7)
+def past_the_deadline(monkeypatch: pytest.MonkeyPatch, *, late: set[int]) -> dict[str, Any]:
+    """Settings of `train` for a deadline that passes once all but the ``late`` nodes have answered, however busy the machine is."""
+    is_over, passed, in_time = threading.Event(), [0.0], 3 - len(late)
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], perf_counter=time.perf_counter, sleep=time.sleep)
+    monkeypatch.setattr(rounds, "time", clock)
+
+    class LateGrid(InProcessGrid):
+        pulled = 0
+
+        def pull_messages(self, message_ids: Any) -> list[Message]:
+            replies = super().pull_messages(message_ids)
+            self.pulled += len(replies)
+            if self.pulled == in_time:
+                passed[0] = 3600.0
+            return replies
+
+        def close(self) -> None:
+            is_over.set()
+            super().close()
+
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            if context.node_id in late:
+                is_over.wait(60)
+            return handler(message, context)
+
+        return handle
+
+    return {"grid": LateGrid, "tamper": tamper, "threads": 3, "deadline_seconds": 600.0}
+
+
+def test_the_deadline_drops_late_nodes_and_the_round_goes_on(monkeypatch: pytest.MonkeyPatch):
+    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, **past_the_deadline(monkeypatch, late={1}))
     assert facts[0].refused == {1: "not reached, or no answer before the deadline"}
     assert facts[0].weight == 16.0
     nowhere = np.repeat(np.array([-1, 1, 2], dtype=np.int32), 8)
     assert torch.equal(state.weights_P, train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)[0].weights_P)
 
 
-def test_when_all_are_late_the_round_fails():
+def test_when_all_are_late_the_round_fails(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(AllUploadsRefused, match="deadline"):
-        train(CLIPPED, small_dataset(), shards=PIECES, tamper=slow({1, 2, 3}, 0.6), threads=3, deadline_seconds=0.2)
+        train(CLIPPED, small_dataset(), shards=PIECES, **past_the_deadline(monkeypatch, late={1, 2, 3}))
 
 
 def test_without_a_deadline_slow_nodes_are_waited_for():
