@@ -29,7 +29,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [quality("ml-1m"), quality("beauty"), throughput(), memory(), scale()]
+    parts = [quality("ml-1m"), quality("beauty"), throughput(), peers(), memory(), scale()]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
 
@@ -82,6 +82,24 @@ def throughput() -> str:
     for row in rows:
         times = " | ".join(f"{row['ms_a_user'][name]:.2f}" for name in names)
         lines.append(f"| {row['steps']} | {times} | {row['of_the_floor']:.2f} | {row['times_the_loop']:.2f} | {row['outside_client_round']:.1%} |")
+    return "\n".join([*lines, ""])
+
+
+def peers() -> str:
+    rows = [row for steps in (1, 3) if (row := results.newest("peers", steps=steps)) is not None]
+    if not rows:
+        return ""
+    versions, cohorts = rows[0]["versions"], rows[0]["cohorts"]
+    lines = [
+        "**Beside others**: the same job, one thread of training each, round after round in turn; the clipped updates of all are held to ours first "
+        f"(`python simulations/benchmarks/peers.py`; pfl-research {versions['pfl']}, Flower's simulation runtime {versions['flwr']}).",
+        "",
+        "| users a second | users a round | " + " | ".join(f"{steps} | ours is faster by" for steps in ("one step", "three steps")[: len(rows)]) + " |",
+        "|---|---|" + "---|---|" * len(rows),
+    ]
+    for name, cohort in cohorts.items():
+        cells = [f"{row['users_per_second'][name]:.0f} | {row['times'].get(name, 1):.1f}" for row in rows]
+        lines.append(f"| {name} | {cohort} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 

@@ -10,7 +10,6 @@ turn, round after round, in one process, so that a drifting machine drifts under
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from fedssl_client.trainer import answer
 from fedssl_server.rounds import Run, owners, run_rounds
 from fedssl_simulations import grids
 from fedssl_simulations.run import make_shards
+from peer_jobs.plain_sasrec import encode
 from torch import Tensor
 
 from fedssl import seeds
@@ -58,24 +58,10 @@ def job(steps: int) -> RunConfig:
 # ---- the plain batch: ordinary torch, no users ----
 
 
-def plain_encode(weights: dict[str, Tensor], rows: Tensor, heads: int, blocks: int) -> Tensor:
-    B, L, D = rows.shape
-    hidden = rows * math.sqrt(D) + weights["positions"][-L:]
-    for block in range(blocks):
-        name = f"block{block}."
-        normal = F.layer_norm(hidden, (D,), weights[name + "norm1.gain"], weights[name + "norm1.bias"])
-        query, key, value = (normal @ weights[name + "qkv"]).view(B, L, 3, heads, D // heads).permute(2, 0, 3, 1, 4)
-        read = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(B, L, D)
-        hidden = hidden + read @ weights[name + "out"]
-        normal = F.layer_norm(hidden, (D,), weights[name + "norm2.gain"], weights[name + "norm2.bias"])
-        hidden = hidden + F.relu(normal @ weights[name + "up"] + weights[name + "up.bias"]) @ weights[name + "down"] + weights[name + "down.bias"]
-    return F.layer_norm(hidden, (D,), weights["norm.gain"], weights["norm.bias"])
-
-
 def plain_step(weights: dict[str, Tensor], read: Tensor, target: Tensor, negatives: Tensor) -> None:
     """One SGD step on a batch; padding is on the right here, which causal attention never sees."""
     table = weights["items"]
-    hidden = plain_encode(weights, F.embedding(read, table), heads=2, blocks=2)
+    hidden = encode(weights, F.embedding(read, table), heads=2, blocks=2)
     right = (hidden * F.embedding(target, table)).sum(-1, keepdim=True)
     wrong = (hidden @ F.embedding(negatives, table).transpose(1, 2)).masked_fill(target[:, :, None] == negatives[:, None], -1e9)
     loss = F.cross_entropy(torch.cat([right, wrong], -1).flatten(0, 1), torch.where(target.flatten() > 0, 0, -100))
