@@ -19,6 +19,7 @@ from fedssl.local_training import Batch, make_batch, train_users
 from fedssl.parts import Parts, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
 from fedssl.privacy.clipping import GridTotal
+from fedssl.privacy.local_noise import LocalNoise
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums
 from fedssl.recipe import Recipe
 from fedssl.records import Address, Ints
@@ -56,13 +57,14 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """What all chunks of an exchange have in common."""
+    """What all chunks of an exchange have in common. ``noise``: where every user adds their own."""
 
     address: Address
     recipe: Recipe
     clip_norm: float | None
     events: Events
     weights: Weights
+    noise: LocalNoise | None = None
 
     @property
     def window(self) -> int:
@@ -90,6 +92,7 @@ class MappedJob(NamedTuple):
     clip_norm: float | None
     events: dict[str, MappedArray]
     weights: dict[str, MappedArray]
+    noise: LocalNoise | None = None
 
 
 def cut_chunks(lengths_U: NDArray[np.int64], users_U: NDArray[np.int64], *, window: int, windows: int, users_per_chunk: int) -> list[NDArray[np.int64]]:
@@ -119,11 +122,11 @@ def begin_mapped_chunks(job: MappedJob) -> tuple[Callable[[Chunk], ChunkResult],
     """`begin_chunks` in a worker process, on arrays that it maps."""
     events = MappedEvents(**{name: array.open() for name, array in job.events.items()})
     weights = {name: torch.from_numpy(array.open()) for name, array in job.weights.items()}
-    return begin_chunks(ChunkJob(job.address, job.recipe, job.clip_norm, events, weights))
+    return begin_chunks(ChunkJob(job.address, job.recipe, job.clip_norm, events, weights, job.noise))
 
 
 def train_chunk(job: ChunkJob, parts: Parts, declared: dict[str, DeclaredSum], chunk: Chunk, total: GridTotal) -> ChunkResult:
-    """Train the users of a chunk and add their clipped updates to ``total``."""
+    """Train the users of a chunk and add their clipped updates to ``total``, under local privacy each with noise of the user's own."""
     recipe, address = job.recipe, job.address
     batch = make_batch(
         parts.tasks,
@@ -164,6 +167,12 @@ def train_chunk(job: ChunkJob, parts: Parts, declared: dict[str, DeclaredSum], c
         # Half a step of weight either way; a broken user says nothing.
         is_within_U = clipped.norms_U.numpy() <= update.clip_norm
         within_steps = int(np.where(is_within_U, steps_U, -steps_U)[is_well_U].sum()) * round(WITHIN_CLIP * WEIGHT_STEP / WITHIN_STEP)
+    if job.noise is not None:
+        # Of every user who was asked: a broken one sends noise alone.
+        total_P = total.total_P
+        for user in chunk.users_U.tolist():
+            total_P += torch.from_numpy(job.noise.steps(user, update, parts.layout.num_weights))
+            within_steps += int(job.noise.steps(user, declared[WITHIN], 1)[0]) if WITHIN in declared else 0
     new_UD = None
     if heads_UD is not None and trained.heads_UD is not None:
         is_finite_U1 = trained.heads_UD.isfinite().all(1, keepdim=True) & ~clipped.is_broken_U[:, None]

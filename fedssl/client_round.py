@@ -24,10 +24,14 @@ from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
 from fedssl.parts import Parts, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN
+from fedssl.privacy.local_noise import LocalNoise
 from fedssl.privacy.manifest import DeclaredSum, check_manifest, declared_sums
+from fedssl.privacy.plan import LOCAL_SENSITIVITY
+from fedssl.privacy.uploads import Device, open_device, question_of
 from fedssl.recipe import Recipe
 from fedssl.records import Download, Ints, SparseSum, Upload
 from fedssl.weights import from_numpy
+from fedssl.wire import to_bytes, upload_from_bytes
 from fedssl.workers import MappedArray, Workers, run_here
 
 
@@ -44,7 +48,8 @@ class Notes:
 class Shard:
     """A node's users: their histories, their stable numbers (sorted), and the folder of their heads.
 
-    ``users_per_chunk`` and ``pool`` (who trains the chunks) say how fast, never what.
+    ``users_per_chunk`` and ``pool`` (who trains the chunks) say how fast, never what. ``device``: key and ledger of users who
+    add their own noise; where None it is opened in ``device_folder`` when a recipe first asks for it.
     """
 
     events: Events
@@ -53,6 +58,8 @@ class Shard:
     users_per_chunk: int = 32
     pool: Workers = field(default_factory=Workers)
     notes: Notes = field(default_factory=Notes)
+    device_folder: Path | None = None
+    device: Device | None = None
     _heads: HeadStore | None = None
     _name: str = field(default_factory=lambda: uuid4().hex)
 
@@ -65,6 +72,14 @@ class Shard:
                 raise DataError("this node has no folder for heads, and the recipe trains one; name a store in the node's configuration")
             self._heads = HeadStore(self.heads_folder, self.users, recipe.encoder.width)
         return self._heads
+
+    def own(self) -> Device:
+        """Key and ledger of the node's users. Raises DataError where they are missing, changed, or have no folder to be in."""
+        if self.device is None:
+            if self.device_folder is None:
+                raise DataError("this node has no folder for a key and a ledger, and the recipe has users add their own noise; name a store for the node")
+            self.device = open_device(self.device_folder)
+        return self.device
 
     def share_events(self) -> dict[str, MappedArray]:
         """Where the workers find the events."""
@@ -88,7 +103,7 @@ def open_shard(folder: Path) -> Shard:
         chunk, workers = int(settings["users_per_chunk"]), int(settings["workers"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{folder}: not the store of a node ({error}); it needs histories/, users.npy and node.json") from None
-    return Shard(open_histories(folder / "histories"), users, folder / "heads", users_per_chunk=chunk, pool=Workers(workers))
+    return Shard(open_histories(folder / "histories"), users, folder / "heads", users_per_chunk=chunk, pool=Workers(workers), device_folder=folder)
 
 
 class ClientPhase(NamedTuple):
@@ -103,9 +118,11 @@ def client_round(download: Download, shard: Shard) -> Upload:
 
     Guarantees:
       - nothing leaves that the recipe does not declare, and no sum leaves longer than its bound;
-      - the same bytes for the same users and chunks, whatever the number of workers.
+      - the same bytes for the same users and chunks, whatever the number of workers;
+      - where users add their own noise, each is charged before their data is read; asked again, the same bytes leave.
 
-    Raises WireError for a phase nobody knows, users that do not live here, or one that is named twice.
+    Raises WireError for a phase nobody knows, users that do not live here, or one that is named twice; BudgetSpent where
+    one of the users would spend more than the recipe promises.
     """
     phase = CLIENT_PHASES.get(download.address.phase)
     if phase is None:
@@ -118,9 +135,30 @@ def client_round(download: Download, shard: Shard) -> Upload:
     if (np.diff(users) <= 0).any():
         # Named twice, a user would be added twice, beyond the clip.
         raise WireError("the Download names users out of order, or one twice; users are sorted and distinct")
+    declared = phase.declared(download, parts)
+    if download.recipe.privacy.is_local:
+        _charge(download, declared, shard, users)
     sums = phase.run(download, parts, shard, users)
-    check_manifest(sums, phase.declared(download, parts), most_users=max(len(users), 1))
-    return Upload(address=download.address, recipe=download.recipe.hash, sums=sums)
+    check_manifest(sums, declared, most_users=max(len(users), 1))
+    upload = Upload(address=download.address, recipe=download.recipe.hash, sums=sums)
+    return _kept(download, shard, upload) if download.recipe.privacy.is_local else upload
+
+
+def _charge(download: Download, declared: dict[str, DeclaredSum], shard: Shard, users: NDArray[np.int64]) -> None:
+    """Charge each user for all the sums together: before anything of theirs is read."""
+    privacy, ledger = download.recipe.privacy, shard.own().ledger
+    cost = 0.0
+    for one in declared.values():
+        if one.clip_norm is None or one.noise_std == 0:
+            raise WireError(f"the recipe has users add their own noise, and none to the sum {one.name!r}; it cannot be accounted for")
+        cost += (LOCAL_SENSITIVITY * one.clip_norm / (one.noise_std * one.step)) ** 2
+    ledger.forget(download.address.run, download.settled)
+    ledger.charge(question_of(download), download.address, users, cost=cost, promised=privacy.epsilon, delta=privacy.delta)
+
+
+def _kept(download: Download, shard: Shard, upload: Upload) -> Upload:
+    """The upload, kept on disk before it leaves; asked again, the one that left before. Training was still needed, for the heads."""
+    return upload_from_bytes(shard.own().ledger.keep(question_of(download), download.address, to_bytes(upload)))
 
 
 def _counts(download: Download, parts: Parts, shard: Shard, users: NDArray[np.int64]) -> dict[str, Ints | SparseSum]:
@@ -143,11 +181,12 @@ def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.
     lengths = shard.events.training_ends[places] - shard.events.cuts[places]
     cut = cut_chunks(lengths, users, window=recipe.encoder.window, windows=recipe.local.windows, users_per_chunk=shard.users_per_chunk)
     chunks = (Chunk(places[chosen], users[chosen], heads.read(users[chosen]) if heads is not None else None) for chosen in cut)
+    noise = LocalNoise(shard.own().key, question_of(download), address) if recipe.privacy.is_local else None
     if shard.pool.number == 1 or len(cut) == 1:
-        job = ChunkJob(address, recipe, download.clip_norm, shard.events, from_numpy(download.tensors))
+        job = ChunkJob(address, recipe, download.clip_norm, shard.events, from_numpy(download.tensors), noise)
         results, totals = run_here(begin_chunks, job, chunks)
     else:
-        mapped = MappedJob(address, recipe, download.clip_norm, shard.share_events(), shard.pool.share("weights", download.tensors))
+        mapped = MappedJob(address, recipe, download.clip_norm, shard.share_events(), shard.pool.share("weights", download.tensors), noise)
         results, totals = shard.pool.run(begin_mapped_chunks, mapped, chunks)
     update = np.zeros(parts.layout.num_weights, dtype=np.int64)
     for total in totals:

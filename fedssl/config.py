@@ -175,6 +175,11 @@ class ServerConfig(Settings):
 class PrivacyConfig(Settings):
     """What the run promises each user. Printed in every report."""
 
+    mode: Literal["central", "local"] = Field(
+        "central",
+        description="Who adds the noise. central: the server, once to a cohort's sum; it is trusted. local: every user to their own upload, before it leaves; "
+        "nobody is trusted, and far more noise is in the sum",
+    )
     clip_norm: float | None = Field(None, ge=1e-12, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
     clip: Literal["fixed", "adaptive"] = Field(
         "fixed", description="fixed: clip_norm in all rounds; adaptive: in the first one, then it follows a quantile of the users' norms"
@@ -186,7 +191,7 @@ class PrivacyConfig(Settings):
     clip_share: float = Field(
         0.01, gt=0.0, lt=1.0, description="adaptive, under a plan: share of a round's privacy (of 1/z^2) that the number of users within the clip takes"
     )
-    noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on the cohort's sum; 0: no plan unless `epsilon` is given")
+    noise_multiplier: float = Field(0.0, ge=0.0, description="Noise standard deviation / clip_norm, on what `mode` says; 0: no plan unless `epsilon` is given")
     counts_noise_multiplier: float = Field(0.0, ge=0.0, description="The same for the counts; needed with `noise_multiplier` where [counts] is on")
     epsilon: float | None = Field(None, gt=0.0, description="Target epsilon of the whole run: noise is solved for it; None: noise is given")
     delta: float = Field(1e-6, gt=0.0, le=0.01, description="Chance that the epsilon promise fails; keep it below 1 / number of users")
@@ -202,6 +207,11 @@ class PrivacyConfig(Settings):
         """Whether noise is added and epsilon accounted."""
         return self.noise_multiplier > 0 or self.epsilon is not None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether every user adds their own noise."""
+        return self.has_plan and self.mode == "local"
+
     @model_validator(mode="after")
     def _noise_needs_a_clip(self) -> PrivacyConfig:
         if self.has_plan and self.clip_norm is None:
@@ -210,8 +220,8 @@ class PrivacyConfig(Settings):
             raise ValueError(f"fleet_users = {self.fleet_users} asks what an epsilon would cost a fleet, and there is none; set epsilon, or fleet_users = 0")
         if self.clip == "adaptive" and self.clip_norm is None:
             raise ValueError("clip = 'adaptive' needs a clip for the first round; set clip_norm")
-        if self.epsilon is not None and self.noise_multiplier > 0:
-            raise ValueError("epsilon and noise_multiplier are both given; give one, the other follows from it")
+        if self.is_local and self.fleet_users:
+            raise ValueError("fleet_users asks about noise that a server adds once; under mode = 'local' every user adds their own, set fleet_users = 0")
         return self
 
 
@@ -272,8 +282,14 @@ class RunConfig(Settings):
             raise ValueError(f"[local] grid_step {self.local.grid_step} is not a power of two; try 2^-20 = {2.0**-20}")
         if self.local.reduction == "sum" and self.server.weighting != "equal":
             raise ValueError(f"[local] reduction = 'sum' with [server] weighting = '{self.server.weighting}' weighs long histories twice; set one of them back")
+        if self.privacy.epsilon is not None and self.privacy.noise_multiplier > 0:
+            raise ValueError("[privacy] epsilon and noise_multiplier are both given; give one, the other follows from it")
+        if self.privacy.is_local and self.server.sampling != "passes":
+            raise ValueError("[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = 'local' set sampling = 'passes'")
+        if self.privacy.is_local and self.counts is not None:
+            raise ValueError("[counts] would be a whole matrix of noise from every user; under privacy.mode = 'local' take the section away (counts = none)")
         if self.privacy.has_plan:
-            if self.server.sampling != "poisson":
+            if self.server.sampling != "poisson" and not self.privacy.is_local:
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")
             if self.server.weighting != "equal":
                 raise ValueError(f"[server] weighting = '{self.server.weighting}' lets a user weigh more than the clip; under a plan set weighting = 'equal'")

@@ -55,8 +55,12 @@ class Recipe(Settings):
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
-def make_recipe(run: RunConfig, *, num_items: int, catalogue: str) -> Recipe:
-    """The recipe of a run over a catalogue of ``num_items`` items with that hash."""
+def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, noise_multiplier: float | None = None) -> Recipe:
+    """The recipe of a run over a catalogue of ``num_items`` items with that hash.
+
+    ``noise_multiplier``: that of updates where nodes must know it and the settings name only a target epsilon (local mode).
+    """
+    privacy = run.privacy if noise_multiplier is None else run.privacy.model_copy(update={"noise_multiplier": noise_multiplier})
     return Recipe(
         seed=run.seed,
         num_items=num_items,
@@ -67,7 +71,7 @@ def make_recipe(run: RunConfig, *, num_items: int, catalogue: str) -> Recipe:
         head=run.head,
         local=run.local,
         server=run.server,
-        privacy=run.privacy,
+        privacy=privacy,
     )
 
 

@@ -58,13 +58,14 @@ class State:
 
 @dataclass(frozen=True)
 class Release:
-    """One release of a round: whose noise it takes. ``plan`` None: none."""
+    """One release of a round: whose noise it takes. ``plan`` None: none. ``users``: how many were asked by nodes whose uploads were added."""
 
     phase: str
     round: int
     attempt: int = 0
     plan: Plan | None = None
     noise_key: bytes | None = field(default=None, repr=False)
+    users: int = 0
 
     def noise(self, name: str, count: int, *, block: int = 0, clip_norm: float | None = None) -> NDArray[np.int64] | None:
         """Noise for the sum ``name`` in whole steps; None without a plan. ``clip_norm``: the round's, where it is not the plan's."""
@@ -169,7 +170,7 @@ def _add_sparse(left: SparseSum, right: SparseSum) -> SparseSum:
 def finish_training(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:
     """New weights from the round's sums, the mean of late rounds' weights and the next clip where the recipe asks for them.
 
-    Under a plan the noised sum is divided by the EXPECTED cohort, whose size says nothing; an empty cohort is noise alone.
+    Under a central plan the noised sum is divided by the EXPECTED cohort, whose size says nothing; an empty cohort is noise alone.
     Without one it is divided by the summed weights of those who came; a round in which nobody came changes nothing.
     """
     parts = make_parts(recipe)
@@ -180,7 +181,8 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
         assert release.plan is not None
         summed, users = noise if total is None else _dense(total) + noise, release.plan.expected_cohort(release.phase)
     else:
-        users = int(_dense(totals["weight"])[0]) * WEIGHT_STEP if total is not None else 0.0
+        # Users who add their own noise weigh alike, and who they are is no secret.
+        users = float(release.users) if recipe.privacy.is_local else int(_dense(totals["weight"])[0]) * WEIGHT_STEP if total is not None else 0.0
         if total is None or users == 0.0:
             return _after(recipe, state, release, state.weights_P, state.memory)
         summed = _dense(total)

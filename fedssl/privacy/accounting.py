@@ -53,6 +53,49 @@ def epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
     return _epsilon(tuple(sorted(merged.items())), delta)
 
 
+def gaussian_epsilon(noise_multiplier: float, count: int, delta: float) -> float:
+    """Epsilon of ``count`` Gaussian releases without sampling, exactly, rounded up by at most 1e-9. Needs no library.
+
+    ``noise_multiplier``: noise over sensitivity. Source: Balle and Wang 2018, https://arxiv.org/abs/1805.06530, theorem 8.
+    """
+    if count == 0:
+        return 0.0
+    if noise_multiplier <= 0:
+        return math.inf
+    mu = math.sqrt(count) / noise_multiplier
+    low, high = 0.0, 1.0
+    if _gaussian_delta(0.0, mu) <= delta:
+        return 0.0
+    while _gaussian_delta(high, mu) > delta:
+        low, high = high, 2 * high
+    while high - low > 1e-9 * max(high, 1e-3):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _gaussian_delta(middle, mu) > delta else (low, middle)
+    return high
+
+
+def solve_gaussian_noise(epsilon_target: float, delta: float, count: int) -> float:
+    """The smallest noise multiplier, rounded up to five digits, with which ``count`` releases without sampling stay within the target."""
+    low, high = 1e-6, 1.0
+    while gaussian_epsilon(high, count, delta) > epsilon_target:
+        low, high = high, 2 * high
+    while high / low > 1 + 1e-9:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if gaussian_epsilon(middle, count, delta) > epsilon_target else (low, middle)
+    return round_up(high)
+
+
+def _gaussian_delta(epsilon: float, mu: float) -> float:
+    """delta of a Gaussian of that mu: Phi(mu/2 - epsilon/mu) - e^epsilon Phi(-mu/2 - epsilon/mu)."""
+    x = -mu / 2 - epsilon / mu
+    if x > -30:
+        log_rest = math.log(math.erfc(-x / math.sqrt(2)) / 2)
+    else:
+        # erfc runs out of digits; the first terms of its series, cut after a negative one, lie below it, so delta lies above.
+        log_rest = -(x**2) / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-(x**-2) + 3 * x**-4 - 15 * x**-6)
+    return math.erfc(-(mu / 2 - epsilon / mu) / math.sqrt(2)) / 2 - math.exp(epsilon + log_rest)
+
+
 @lru_cache(maxsize=64)
 def solve_noise(epsilon_target: float, delta: float, q: float, n: int, other_events: tuple[tuple[float, float, int], ...] = ()) -> float:
     """The smallest noise multiplier (to 1e-3, rounded up) with which ``n`` releases at rate ``q``, beside ``other_events``, stay within the target.

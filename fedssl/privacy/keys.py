@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fedssl import seeds
 from fedssl.disk import sync
-from fedssl.errors import RunFolderError
+from fedssl.errors import DataError, RunFolderError
 from fedssl.privacy.stream import open_stream
 
 KEY_BYTES = 32
@@ -96,6 +96,36 @@ def draw_cohort(key: bytes, phase: str, round: int, attempt: int, num_users: int
     threshold = np.uint64(int(rate * 2.0**64))
     chosen = [first + np.flatnonzero(draw(min(_USERS_AT_ONCE, num_users - first)) < threshold) for first in range(0, num_users, _USERS_AT_ONCE)]
     return np.concatenate([np.empty(0, dtype=np.int64), *chosen])
+
+
+def users_per_round(cohort: float, num_users: int) -> int:
+    """How many users a round of a pass has, where ``cohort`` was asked for."""
+    return max(1, min(round(cohort), num_users))
+
+
+def read_device_key(folder: Path) -> bytes | None:
+    """The key of a node's folder, in ``device.key``; None where it has none yet. Raises DataError for another length, or where others may read it."""
+    path = folder / "device.key"
+    if not path.exists():
+        return None
+    key, mode = path.read_bytes(), path.stat().st_mode & 0o777
+    if len(key) != KEY_BYTES or mode & 0o077:
+        raise DataError(f"{path}: {len(key)} bytes, mode {mode:04o}; wanted {KEY_BYTES} bytes that only their owner may read. Put the node's own key back")
+    return key
+
+
+def write_device_key(folder: Path) -> bytes:
+    """A new key of a node's folder, 0600, on disk before this returns. Call it with the folder held alone, where there is none."""
+    beside = folder / ".device.key.new"
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        key = secrets.token_bytes(KEY_BYTES)
+        file.write(key)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(beside, folder / "device.key")
+    sync(folder)
+    return key
 
 
 def cohort_of_pass(seed: int, users_per_round: int, num_users: int, round: int) -> NDArray[np.int64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from fedssl.errors import ConfigError, UploadRefused
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
 from fedssl.privacy.grid import LARGEST_COORDINATE, grid_step
+from fedssl.privacy.plan import training_sums
 from fedssl.recipe import Recipe
 from fedssl.records import SparseSum
 
 WEIGHT_STEP = 2.0**-16
 LOSS_STEP = 2.0**-16
+NOISE_TAIL = 12.0
+"""Deviations beyond which noise that users added counts as no noise: a normal number lies there with a chance of 4e-33."""
 COUNTS_STEP = 2.0**-16
 """Raw counts: a cell of one user may hold 256 pairs, and decays keep 16 binary digits."""
 
@@ -33,6 +36,7 @@ class DeclaredSum:
     """One sum that may leave. ``smallest`` and ``largest`` are what one user may add to a coordinate, in steps.
 
     ``clip_norm``: largest L2 norm of one user's part, in units of the values; None: not bounded beyond its coordinates.
+    ``noise_std``: deviation of the noise that each user has added already, in steps; 0: none.
     """
 
     name: str
@@ -43,6 +47,7 @@ class DeclaredSum:
     step: float
     smallest: int = -LARGEST_COORDINATE
     largest: int = LARGEST_COORDINATE
+    noise_std: float = 0.0
 
 
 def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: float | None = None) -> dict[str, DeclaredSum]:
@@ -56,7 +61,7 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
 
     Raises ConfigError for a phase that the recipe does not have, and for a round's clip where there should be none, or the reverse.
     """
-    if phase == "counts" and recipe.counts is not None:
+    if phase == "counts" and recipe.counts is not None and not recipe.privacy.is_local:
         clip_norm, side = recipe.counts.clip_norm, recipe.num_items + 1
         step = COUNTS_STEP if clip_norm is None else grid_step(clip_norm)
         return {"counts": DeclaredSum("counts", (side, side), "sparse", "int", clip_norm, step, smallest=0)}
@@ -72,9 +77,20 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
             sums.append(DeclaredSum("loss", (1,), "dense", "int", None, LOSS_STEP))
         if is_adaptive:
             sums.append(DeclaredSum(WITHIN, (1,), "dense", "int", WITHIN_CLIP, WITHIN_STEP))
+        if recipe.privacy.is_local:
+            sums = [_with_noise(recipe, one) for one in sums]
         return {one.name: one for one in sums}
     known = "counts, training" if recipe.counts is not None else "training"
     raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")
+
+
+def _with_noise(recipe: Recipe, one: DeclaredSum) -> DeclaredSum:
+    """A sum to which every user adds noise of the recipe's multiplier, in steps of the round's clip."""
+    if recipe.privacy.noise_multiplier == 0:
+        raise ConfigError("[privacy] mode = 'local', and the recipe says no noise_multiplier; the server must solve for it before it asks anybody")
+    (noise,) = (planned.noise_multiplier for planned in training_sums(recipe.privacy, recipe.privacy.noise_multiplier) if planned.name == one.name)
+    assert one.clip_norm is not None
+    return replace(one, noise_std=noise * one.clip_norm / one.step)
 
 
 def check_manifest(sums: Mapping[str, Any], declared: Mapping[str, DeclaredSum], *, most_users: int) -> None:
@@ -84,6 +100,7 @@ def check_manifest(sums: Mapping[str, Any], declared: Mapping[str, DeclaredSum],
       - the names are those declared, none missing, none more; layout and shape too; values are int32 or int64;
       - every coordinate lies within most_users * [smallest, largest];
       - under a clip the L2 norm is at most most_users * clip_norm, exactly;
+      - where users added noise, both bounds are as much wider as their noise is long, but for a chance below 1e-20;
       - a sparse sum lists cells of its matrix, sorted, each once (a cell listed twice would hide its norm).
 
     Raises UploadRefused naming the sum.
@@ -151,12 +168,18 @@ def _check_size(values: NDArray[Any], one: DeclaredSum, most_users: int) -> None
         return
     # Least and largest, not abs: the absolute value of the least int64 is itself.
     low, high = int(values.min()), int(values.max())
-    if low < most_users * one.smallest or high > most_users * one.largest:
-        wanted = f"{most_users * one.smallest} to {most_users * one.largest}"
+    # Each user's noise is rounded, by half a step at most.
+    std, rounding = one.noise_std * math.sqrt(most_users), most_users * 0.5 * (one.noise_std > 0)
+    noise = math.ceil(NOISE_TAIL * std + rounding)
+    if low < most_users * one.smallest - noise or high > most_users * one.largest + noise:
+        wanted = f"{most_users * one.smallest - noise} to {most_users * one.largest + noise}"
         raise UploadRefused(f"sum {one.name!r} has coordinates from {low} to {high} steps; {most_users} user(s) make at most {wanted}")
     if one.clip_norm is None:
         return
     squared = squared_norm(values)
-    if squared > (most_users * Fraction(one.clip_norm) / Fraction(one.step)) ** 2:
+    # The norm of d normal numbers lies above sqrt(d) + t with a chance below exp(-t^2 / 2).
+    longest = most_users * Fraction(one.clip_norm) / Fraction(one.step)
+    longest += Fraction(std * (math.sqrt(values.size) + NOISE_TAIL) + rounding * math.sqrt(values.size))
+    if squared > longest**2:
         norm = math.sqrt(squared) * one.step
-        raise UploadRefused(f"sum {one.name!r} has L2 norm {norm:.6g}; at most {most_users * one.clip_norm:g} come from {most_users} user(s)")
+        raise UploadRefused(f"sum {one.name!r} has L2 norm {norm:.6g}; at most {float(longest) * one.step:g} come from {most_users} user(s)")

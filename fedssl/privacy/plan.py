@@ -1,8 +1,9 @@
 """The plan: one object that owns clip, noise, sampling and epsilon of every sum that leaves, so they cannot disagree.
 
-Unit: the user, all that is on one device. Neighbours: one user more or less. Trust: the server sees each node's clipped
-sum; whoever sees the models sees only noised ones. Every exchange of a phase draws its cohort anew with a secret coin a
-user; its sums are one Gaussian with 1/z^2 = sum of 1/z_i^2; phases compose.
+Unit: the user, all that is on one device. Central: neighbours have one user more or less; the server sees each node's
+clipped sum; whoever sees the models sees only noised ones. Every exchange of a phase draws its cohort anew with a secret coin a
+user; its sums are one Gaussian with 1/z^2 = sum of 1/z_i^2; phases compose. Local: neighbours replace one user's data;
+the user's own uploads compose, and nobody sees one without noise.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +20,10 @@ from fedssl.errors import BudgetSpent, ConfigError
 from fedssl.privacy import accounting
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP
 from fedssl.privacy.grid import grid_step
+from fedssl.privacy.keys import users_per_round
+
+LOCAL_SENSITIVITY = 2.0
+"""Over the clip: two updates within it are at most that far apart."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,16 @@ class Plan:
         raise ConfigError(f"the privacy plan has no sum {name!r} in phase {phase!r}; nothing may leave that is not accounted for")
 
     def epsilon(self, charged: Mapping[str, int]) -> float:
-        """Epsilon at ``delta`` of so many charged attempts a phase. A phase that is not named was not charged."""
+        """Epsilon at ``delta`` of so many charged attempts a phase. A phase that is not named was not charged. Local: of the user who uploaded most."""
+        if self.trust == "local":
+            ((phase, count),) = self._events(charged)
+            return accounting.gaussian_epsilon(phase.noise_multiplier / LOCAL_SENSITIVITY, self.uploads(count), self.delta)
         return accounting.epsilon([(phase.rate, phase.noise_multiplier, count) for phase, count in self._events(charged)], self.delta)
+
+    def uploads(self, rounds: int) -> int:
+        """Local: how often the user who was asked most uploads in the first ``rounds`` rounds. A pass asks each user once."""
+        ((phase, _),) = self._events({})
+        return -(-rounds // -(-self.num_users // users_per_round(phase.expected_cohort, self.num_users)))
 
     @cached_property
     def promised(self) -> float:
@@ -127,7 +140,7 @@ class Plan:
             "unit": self.unit,
             "neighbours": self.neighbours,
             "trust": self.trust,
-            "sampling": {phase.phase: f"Poisson, rate {phase.rate:.6g}, from a secret cohort key" if phase.rate < 1 else "every user" for phase in self.phases},
+            "sampling": {phase.phase: self._sampling(phase) for phase in self.phases},
             "accountant": self.accountant,
             "delta": self.delta,
             "epsilon": self.promised,
@@ -137,6 +150,7 @@ class Plan:
             "warnings": self.warnings(),
             "caveats": self._caveats(),
             **({} if self.fleet_users is None else {"fleet_users": self.fleet_users}),
+            **({"uploads_of_worst_user": self.uploads(self.phases[0].rounds)} if self.trust == "local" else {}),
         }
 
     def warnings(self) -> list[str]:
@@ -155,18 +169,29 @@ class Plan:
     def statement_text(self) -> str:
         """The promise in plain words, one sentence a line."""
         sums = [
-            f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {'every user' if phase.rate == 1 else f'each user with chance {phase.rate:.4g}'}; "
-            f"{one.name} clipped to {one.clip_norm:g}{self._later(phase, one)}, noise {one.noise_multiplier:.4g} times that on the sum"
+            f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {self._sampling(phase)}; "
+            f"{one.name} clipped to {one.clip_norm:g}{self._later(phase, one)}, noise {one.noise_multiplier:.4g} times that on "
+            f"{'every upload' if self.trust == 'local' else 'the sum'}"
             for phase in self.phases
             for one in phase.sums
         ]
         terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
         whose = "" if self.fleet_users is None else f"Asked for a fleet of {self.fleet_users:,} users: "
+        what = (
+            "all that their device sends is at most e^{:.3g} times as likely as if they had done anything else"
+            if self.trust == "local"
+            else "any released model is at most e^{:.3g} times as likely as if that user had never taken part"
+        )
         promise = (
-            f"{whose}Whatever a user did, any released model is at most e^{self.promised:.3g} times as likely as if that user had never taken part, "
-            f"but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
+            f"{whose}Whatever a user did, {what.format(self.promised)}, but for a chance of {self.delta:g}: "
+            f"epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
         )
         return "\n".join([promise, *sums, *self.warnings(), *self._caveats()])
+
+    def _sampling(self, phase: PhasePlan) -> str:
+        if self.trust == "local":
+            return f"each user once a pass, at most {self.uploads(phase.rounds)} times, as anybody may know"
+        return f"Poisson, rate {phase.rate:.6g}, from a secret cohort key" if phase.rate < 1 else "every user"
 
     @staticmethod
     def _later(phase: PhasePlan, one: SumPlan) -> str:
@@ -179,8 +204,11 @@ class Plan:
         return [(phase, charged.get(phase.phase, 0)) for phase in self.phases]
 
     def _caveats(self) -> list[str]:
-        caveats = ["The server is trusted: it sees each node's clipped sums before noise is added."]
-        if any(phase.rate < 1 for phase in self.phases):
+        if self.trust == "local":
+            caveats = ["Nobody is trusted with an update; the server and the network see who takes part, and when."]
+        else:
+            caveats = ["The server is trusted: it sees each node's clipped sums before noise is added."]
+        if self.trust == "central" and any(phase.rate < 1 for phase in self.phases):
             caveats.append("Amplification by sampling holds against whoever sees the models, not against the server or the network, which see who takes part.")
         caveats.append(
             "A catalogue and a k-core filter made from private data are outside epsilon (give a public catalogue), and so are the data set's fingerprint and "
@@ -204,7 +232,7 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
         return None
     if num_users < 1:
         raise ConfigError("a privacy plan needs users; the data set has none")
-    if server.sampling != "poisson":
+    if server.sampling != "poisson" and not privacy.is_local:
         raise ConfigError(f"[server] sampling = {server.sampling!r} has no secret coins to account; under a plan set sampling = 'poisson'")
     if server.weighting != "equal":
         raise ConfigError(f"[server] weighting = {server.weighting!r} lets a user weigh more than the clip; under a plan set weighting = 'equal'")
@@ -218,11 +246,13 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     if counts is not None and counts.clip_norm is None:
         raise ConfigError("[counts] has no clip_norm; under a plan every sum needs one")
 
+    if privacy.is_local:
+        return _local_plan(privacy, server, counts, num_users)
     noise, counts_noise = _noise(privacy, server, counts, rate)
     phases = []
     if counts is not None:
         phases.append(PhasePlan("counts", 1, 1.0, float(num_users), (_sum("counts", counts.clip_norm, counts_noise),)))
-    phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), _training_sums(privacy, noise)))
+    phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), training_sums(privacy, noise)))
     return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon, fleet_users=privacy.fleet_users or None)
 
 
@@ -233,22 +263,46 @@ def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | 
             raise ConfigError("[privacy] counts_noise_multiplier is 0 while [counts] is on; set it, or give a target epsilon")
         return privacy.noise_multiplier, privacy.counts_noise_multiplier
     if counts is None:
-        return accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds), 0.0
+        return _of_update(privacy, accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds)), 0.0
     whole = accounting.solve_noise(privacy.epsilon, privacy.delta, 1.0, 1)
     counts_noise = float(whole / counts.share**0.5)
-    return accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds, ((1.0, counts_noise, 1),)), counts_noise
+    both = accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds, ((1.0, counts_noise, 1),))
+    return _of_update(privacy, both), counts_noise
 
 
-def _training_sums(privacy: PrivacyConfig, noise: float) -> tuple[SumPlan, ...]:
-    """The update; where its clip is adaptive also the bits, with ``clip_share`` of both sums' 1/z^2.
+def _local_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int) -> Plan:
+    """Every user adds noise to each of their own uploads. Neighbours replace a user's data, so an update changes by up to twice the clip."""
+    if counts is not None:
+        raise ConfigError("[counts] would be a whole matrix of noise from every user; under privacy.mode = 'local' take the section away (counts = none)")
+    if server.sampling != "passes":
+        raise ConfigError("[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = 'local' set sampling = 'passes'")
+    sums = training_sums(privacy, privacy.noise_multiplier or 1.0)
+    made = Plan(
+        phases=(PhasePlan("training", server.rounds, server.cohort / num_users, float(server.cohort), sums),),
+        delta=privacy.delta,
+        num_users=num_users,
+        target=privacy.epsilon,
+        neighbours="replace all that is on one device by anything else",
+        trust="local",
+        accountant="Gaussian, in closed form (Balle and Wang 2018)",
+    )
+    if privacy.epsilon is None:
+        return made
+    both = LOCAL_SENSITIVITY * accounting.solve_gaussian_noise(privacy.epsilon, privacy.delta, made.uploads(server.rounds))
+    return replace(made, phases=(replace(made.phases[0], sums=training_sums(privacy, _of_update(privacy, accounting.round_up(both)))),))
 
-    ``noise``: where it was given that of the update, where it was solved for that of both sums together.
-    """
+
+def training_sums(privacy: PrivacyConfig, noise: float) -> tuple[SumPlan, ...]:
+    """The update with noise multiplier ``noise``; where its clip is adaptive also the bits, which take ``clip_share`` of both sums' 1/z^2."""
+    update = _sum("update", privacy.clip_norm, noise)
     if privacy.clip == "fixed":
-        return (_sum("update", privacy.clip_norm, noise),)
-    both = noise if privacy.epsilon is not None else noise * (1 - privacy.clip_share) ** 0.5
-    update = noise if privacy.epsilon is None else accounting.round_up(both / (1 - privacy.clip_share) ** 0.5)
-    return _sum("update", privacy.clip_norm, update), _sum(WITHIN, WITHIN_CLIP, accounting.round_up(both / privacy.clip_share**0.5))
+        return (update,)
+    return update, _sum(WITHIN, WITHIN_CLIP, accounting.round_up(noise * ((1 - privacy.clip_share) / privacy.clip_share) ** 0.5))
+
+
+def _of_update(privacy: PrivacyConfig, both: float) -> float:
+    """The update's noise multiplier, where both sums of a round together may have ``both``."""
+    return both if privacy.clip == "fixed" else accounting.round_up(both / (1 - privacy.clip_share) ** 0.5)
 
 
 def _sum(name: str, clip_norm: float | None, noise: float) -> SumPlan:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fedssl import wire
 from fedssl.errors import AllUploadsRefused, ConfigError, UploadRefused, WireError
-from fedssl.privacy.keys import Keys, cohort_by_coins, cohort_of_pass, draw_cohort
+from fedssl.privacy.keys import Keys, cohort_by_coins, cohort_of_pass, draw_cohort, users_per_round
 from fedssl.privacy.ledger import Ledger, begin_attempt, hmac_of_totals, may_draw_noise, new_attempt
 from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP
 from fedssl.privacy.plan import Plan
@@ -35,7 +35,7 @@ SHORTEST_PULL_SECONDS, PAUSE_SECONDS = 0.045, 0.2
 
 @dataclass(frozen=True)
 class Run:
-    """What does not change while rounds go on. ``plan``, ``keys`` and ``ledger`` go together, or are all None.
+    """What does not change while rounds go on. ``plan``, ``keys`` and ``ledger`` go together, or are all None: where users add their own noise too.
 
     ``owner_U``: for each user number the index in ``node_ids`` of the node that hosts them, -1 for none.
     """
@@ -62,7 +62,7 @@ class RoundFacts:
     """What is known of a finished round. ``seconds``: the whole round; ``waited``: of those, without a reply to fold.
 
     ``users``: how many were asked (under a plan that number is private). ``loss``: mean over users, where it was declared.
-    ``clip_norm``: the round's, where it is adaptive.
+    ``clip_norm``: the round's, where it is adaptive. ``answered``: users who were asked by nodes whose uploads were added.
     """
 
     phase: str
@@ -77,6 +77,7 @@ class RoundFacts:
     loss: float | None
     weight: float | None
     clip_norm: float | None = None
+    answered: int = 0
 
 
 def owners(users_of_node: Mapping[int, NDArray[np.int64]], num_users: int) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -147,10 +148,12 @@ def _round(grid: Grid, run: Run, state: State, phase: ServerPhase, number: int, 
         if may_draw_noise(run.ledger, phase.name, number, attempt, hmac_of_totals(run.keys.noise, totals)):
             break
         new_attempt(run.ledger, phase.name, number, plan=run.plan)
-    release = Release(phase.name, number, attempt, run.plan, run.keys.noise if run.keys is not None else None)
+    release = Release(phase.name, number, attempt, run.plan, run.keys.noise if run.keys is not None else None, facts.answered)
     state = phase.finish(state, totals, release)
     if run.ledger is not None:
         state = replace(state, charged=run.ledger.charged())
+    elif run.recipe.privacy.is_local:
+        state = replace(state, charged={**state.charged, phase.name: number})
     return state, replace(facts, seconds=time.perf_counter() - began)
 
 
@@ -164,7 +167,7 @@ def _cohort(run: Run, phase: ServerPhase, number: int, attempt: int) -> NDArray[
     if phase.name == "counts":
         return np.arange(run.num_users)
     if server.sampling == "passes":
-        return cohort_of_pass(run.recipe.seed, max(1, min(round(server.cohort), run.num_users)), run.num_users, number)
+        return cohort_of_pass(run.recipe.seed, users_per_round(server.cohort, run.num_users), run.num_users, number)
     return cohort_by_coins(run.recipe.seed, min(server.cohort / run.num_users, 1.0), run.num_users, number, phase.name)
 
 
@@ -231,6 +234,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         loss=loss / weight if loss is not None and weight else None,
         weight=weight,
         clip_norm=state.clip_norm if address.phase == "training" else None,
+        answered=sum(len(users) for users in chosen.values()),
     )
 
 

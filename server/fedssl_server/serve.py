@@ -54,15 +54,17 @@ def serve(
         raise ConfigError(f"{folder / 'run.toml'}: [evaluation] patience needs validations, which only a simulation makes yet; set patience = 0")
     if config.privacy.fleet_users:
         raise ConfigError(f"{folder / 'run.toml'}: [privacy] fleet_users is a question for a simulation; these users would get too little noise. Set it to 0")
-    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash)
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users)
+    central = None if config.privacy.is_local else plan
+    noise = plan.sum("training", "update").noise_multiplier if plan is not None and central is None else None
+    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, noise_multiplier=noise)
     begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
     if begin.recipe.hash != recipe.hash:
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
-    keys, ledger = _open_secrets(folder, plan, begin.state)
-    run = Run(begin.run, recipe, num_users, node_ids, owner_U, plan, keys, ledger, deadline_seconds)
+    keys, ledger = _open_secrets(folder, central, begin.state)
+    run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, deadline_seconds)
     lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)
     cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases_of(recipe)])
 

@@ -52,7 +52,7 @@ def promise(privacy: Mapping[str, Any], config: Mapping[str, Any]) -> Promise:
     has_noise = any(float(z or 0) > 0 for z in (noise.values() if isinstance(noise, Mapping) else [noise]))
     if not (has_noise or _is_number(epsilon)):
         return _no_promise(config, stated)
-    unit = str(stated.get("unit", "user"))
+    unit, is_local = str(stated.get("unit", "user")), stated.get("trust") == "local"
     sentences = [
         f"The unit is one {unit}: {'everything on their device' if unit == 'user' else 'what else is on the device is not covered'}. "
         f"Neighbouring data sets {_neighbours(stated)}."
@@ -60,7 +60,8 @@ def promise(privacy: Mapping[str, Any], config: Mapping[str, Any]) -> Promise:
     if _is_number(epsilon) and _is_number(stated.get("delta")):
         sentences.insert(
             0,
-            f"Taking part changes the probability of anything that can be concluded from the released models by at most a factor of e^{epsilon:.4g}"
+            f"{'Whatever is on a device' if is_local else 'Taking part'} changes the probability of anything that can be concluded from "
+            f"{'all that it sends' if is_local else 'the released models'} by at most a factor of e^{epsilon:.4g}"
             f"{f' (about {_about(math.exp(epsilon))})' if epsilon < 10 else ''}, except with probability {_short(stated['delta'])}.",
         )
     if _is_number(epsilon) and epsilon > 20:
@@ -98,6 +99,8 @@ def _caveats(stated: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
 
 def _neighbours(stated: Mapping[str, Any]) -> str:
     words = str(stated.get("neighbours", "add/remove one user"))
+    if words.startswith("replace "):
+        return f"differ in {words.removeprefix('replace ').replace(' by anything else', '')}"
     return f"differ by having or not having one {words.removeprefix('add/remove one ')}" if words.startswith("add/remove one ") else f"are related by: {words}"
 
 

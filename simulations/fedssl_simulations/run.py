@@ -37,6 +37,7 @@ from fedssl.parts import make_parts
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import make_plan
+from fedssl.privacy.uploads import Device, UploadLedger
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
 from fedssl.round_lines import append_line, cut_back, read_lines
@@ -128,8 +129,10 @@ def _simulate(
     should_stop: Callable[[], bool],
 ) -> Run:
     histories = dataset.histories
-    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash)
     plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
+    is_local = config.privacy.is_local
+    noise = plan.sum("training", "update").noise_multiplier if plan is not None and is_local else None
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, noise_multiplier=noise)
     phases = phases_of(recipe)
     _check_same_data(folder, about, dataset)
     # First of all: from here on, whatever happens, the folder is one that can be resumed.
@@ -137,13 +140,15 @@ def _simulate(
         about = {"run": uuid4().hex, "fingerprint": histories.fingerprint, "catalogue": dataset.catalogue.hash, **versions()}
         write_run(config, folder / "run.toml", **about)
     state = _last_state(folder, recipe, dataset) or first_state(recipe)
-    ledger = Ledger(folder / "ledger.jsonl") if plan is not None else None
+    ledger = Ledger(folder / "ledger.jsonl") if plan is not None and not is_local else None
     if ledger is not None:
         ledger.check_not_behind(state.charged)
-        if keys is None:
-            # Keys are made before anything is charged; a run that was charged goes on with its own or not at all.
-            has_begun = bool(state.phase or ledger.charged())
-            keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
+    if plan is None:
+        keys = None
+    elif keys is None:
+        # Keys are made before anything is charged; a run that was charged goes on with its own or not at all.
+        has_begun = bool(state.phase or (ledger is not None and ledger.charged()))
+        keys = read_keys(folder) if has_begun or (folder / "secrets").exists() else make_keys(folder)
     cut_back(folder / "metrics.jsonl", phase=state.phase, round=state.round, phases=[phase.name for phase in phases])
     patience = config.evaluation.patience
     seen = validations(read_lines(folder / "metrics.jsonl")) if patience else []
@@ -152,7 +157,9 @@ def _simulate(
     shards = make_shards(dataset, config, folder / "heads", pool)
     nodes: dict[int, dict[str, bool | float | int | str]] = {index + 1: {"partition-id": index} for index in shards}
     node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
-    run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, plan, keys if plan is not None else None, ledger)
+    run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, *((None, None) if is_local else (plan, keys)), ledger)
+    if is_local and keys is not None:
+        _give_devices(shards, folder / "devices", keys, may_be_new=not state.phase)
     rounds = {phase.name: phase.rounds for phase in phases}
     keeper = Keeper(folder, Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"]), config.system)
     trained = state.round if state.phase == "training" else 0
@@ -259,6 +266,14 @@ def make_shards(dataset: Dataset, config: RunConfig, heads: Path, pool: Workers 
         events = dataset.histories if len(pieces) == 1 else take_users(dataset.histories, users)
         shards[index] = Shard(events, users, heads / f"node-{index:03d}", users_per_chunk=config.system.users_per_chunk, pool=pool)
     return shards
+
+
+def _give_devices(shards: dict[int, Shard], folder: Path, keys: Keys, *, may_be_new: bool) -> None:
+    """Key and ledger of each node: every user's noise comes from the run's own secret, as on devices it comes from theirs."""
+    for index, shard in shards.items():
+        place = folder / f"node-{index:03d}"
+        place.mkdir(parents=True, exist_ok=True)
+        shard.device = Device(keys.noise, UploadLedger(place / "uploads.sqlite", keys.noise, may_be_new=may_be_new))
 
 
 def _take_back_heads(shards: dict[int, Shard], recipe: Recipe, *, after: int, settled: int) -> None:

@@ -44,6 +44,9 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "a cohort of more than there are": (["server.cohort=25"], "cohort = 25 is more than the 24 users there are"),
     "an early stop by private events": (["evaluation.patience=2", "evaluation.every=1"], "under a plan set patience = 0"),
     "a fleet of fewer than there are": (["privacy.fleet_users=23"], "fewer than the 24 users at hand"),
+    "local noise and a cohort by coins": (["privacy.mode=local"], "under privacy.mode = 'local' set sampling = 'passes'"),
+    "local noise on counts": (["privacy.mode=local", "server.sampling=passes", "counts.clip_norm=1"], "would be a whole matrix of noise from every user"),
+    "local noise of a fleet": (["privacy.mode=local", "server.sampling=passes", "privacy.fleet_users=1000"], "every user adds their own"),
     "a fleet without an epsilon": ([NOISE_GONE, "privacy.fleet_users=1000"], "asks what an epsilon would cost a fleet, and there is none"),
 }
 

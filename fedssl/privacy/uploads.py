@@ -1,0 +1,194 @@
+"""The ledger of a node whose users add their own noise: what each was charged, and what was answered, on disk before anything leaves.
+
+A question is all that an answer depends on beside the user's data: run, phase, round, attempt, exchange, recipe, clip and weights.
+It is charged before the data is read, and its answer is kept before it leaves:
+
+- asked again, the kept bytes leave, and nothing is charged: the server learns nothing new, whatever has changed here since;
+- charged but never answered (a crash): nothing has left, so the same noise may be drawn over what is there now;
+- another question is another upload: charged, with noise of its own.
+
+Uploads with noise add up to one Gaussian: a user's sum of 1/z^2. Each row carries an HMAC of itself and the row before, with
+the node's key, so a row that was changed or taken out is seen; that the whole file is of yesterday is not.
+SQLite, in which a commit is on disk before it returns (WAL, synchronous = FULL).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import sqlite3
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedssl.errors import BudgetSpent, DataError, WireError
+from fedssl.privacy import accounting
+from fedssl.privacy.keys import read_device_key, write_device_key
+from fedssl.records import Address, Download
+
+UPLOADS_FORMAT = 1
+_TABLES = """
+CREATE TABLE uploads (number INTEGER PRIMARY KEY, kind TEXT, question TEXT, run TEXT, phase TEXT, round INTEGER, users BLOB, cost REAL, chain BLOB) STRICT;
+CREATE TABLE answers (question TEXT PRIMARY KEY, run TEXT, round INTEGER, upload BLOB) STRICT;
+"""
+
+
+def question_of(download: Download) -> str:
+    """SHA-256 of what an answer depends on. Not of who is asked: a user draws the same noise alone and among others."""
+    tensors = sorted(download.tensors.items())
+    told = [vars(download.address), download.recipe.hash, download.clip_norm, [[name, str(array.dtype), array.shape] for name, array in tensors]]
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for _, array in tensors:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+class UploadLedger:
+    """The uploads of a node's users, in ``path``. ``key``: the node's own, 32 bytes.
+
+    ``may_be_new``: whether there may be no file yet. Raises DataError where there is none against that, and for a file that
+    was not written with this key, that was changed, or of another format.
+    """
+
+    def __init__(self, path: Path, key: bytes, *, may_be_new: bool):
+        is_new = not path.exists()
+        if is_new and not may_be_new:
+            raise DataError(f"{path} is missing; what these users have spent is unknown, so nothing is trained. Put the node's own ledger back")
+        self.path, self._key = path, key
+        self._cost: defaultdict[int, float] = defaultdict(float)
+        self._charged: dict[str, bytes] = {}
+        self._answered: set[str] = set()
+        self._chain, self._number = b"", 0
+        try:
+            if is_new:
+                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+            self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._file.execute("PRAGMA journal_mode = WAL")
+            self._file.execute("PRAGMA synchronous = FULL")
+            if is_new or not self._file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                self._file.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {UPLOADS_FORMAT}; COMMIT;")
+            form = self._file.execute("PRAGMA user_version").fetchone()[0]
+            rows = self._file.execute("SELECT number, kind, question, run, phase, round, users, cost, chain FROM uploads ORDER BY number").fetchall()
+        except sqlite3.Error as error:
+            raise DataError(f"{path}: cannot be read as a ledger of uploads ({error}); what was spent is unknown, so nothing is trained") from None
+        if form != UPLOADS_FORMAT:
+            raise DataError(f"{path}: ledger format {form}, this version reads {UPLOADS_FORMAT}; install the fedssl that wrote it")
+        for *values, chain in rows:
+            if values[0] != self._number + 1 or not hmac.compare_digest(chain, self._link(values)):
+                raise DataError(f"{path}, row {self._number + 1}: not what this node wrote; what was spent is unknown, so nothing is trained")
+            self._believe(values, chain)
+
+    def charge(self, question: str, address: Address, users: NDArray[np.int64], *, cost: float, promised: float | None, delta: float) -> None:
+        """Charge an upload of ``users`` to each of them, on disk before this returns; a question that was charged is not charged again.
+
+        ``cost``: 1/z^2 of the upload, where z is the noise over the sensitivity. Raises BudgetSpent where one of them would
+        have spent more than ``promised`` (None: no bound), and WireError for a question that was asked of other users before, or
+        was answered so long ago that the answer is no longer kept.
+        """
+        asked = np.ascontiguousarray(users, dtype="<i8").tobytes()
+        before = self._charged.get(question)
+        if before is not None:
+            if before != asked:
+                raise WireError("this question was asked of other users before; a new attempt is needed, so that no noise is drawn over two sums")
+            if question in self._answered and self.answer(question) is None:
+                raise WireError("this question was answered, and a checkpoint held it, so the answer is no longer kept; it is not drawn anew")
+            return
+        if promised is not None:
+            worst = max((self._cost[int(user)] for user in users), default=0.0) + cost
+            spent = accounting.gaussian_epsilon(worst**-0.5, 1, delta)
+            if spent > promised * (1 + 1e-9):
+                raise BudgetSpent(spent=spent, promised=promised, round_number=address.round)
+        self._write("charge", question, address, asked, cost)
+
+    def answer(self, question: str) -> bytes | None:
+        """The kept answer; None where there is none."""
+        found = self._file.execute("SELECT upload FROM answers WHERE question = ?", (question,)).fetchone()
+        return None if found is None else bytes(found[0])
+
+    def keep(self, question: str, address: Address, upload: bytes) -> bytes:
+        """Keep an answer before it leaves, and return what may leave: the answer that was kept first."""
+        kept = self.answer(question)
+        if kept is not None:
+            return kept
+        if question not in self._charged or question in self._answered:
+            raise AssertionError("an answer leaves only once, and only to a question that was charged")
+        self._write("answer", question, address, self._charged[question], 0.0, upload)
+        return upload
+
+    def forget(self, run: str, settled: int) -> None:
+        """Drop the answers up to training round ``settled`` of a run: a checkpoint holds them, and nobody asks again."""
+        self._file.execute("DELETE FROM answers WHERE run = ? AND round <= ?", (run, settled))
+
+    def spent(self, user: int, delta: float) -> float:
+        """Epsilon of all that a user has sent so far."""
+        cost = self._cost.get(user, 0.0)
+        return accounting.gaussian_epsilon(cost**-0.5, 1, delta) if cost else 0.0
+
+    def uploads(self) -> dict[int, int]:
+        """How often each user was charged."""
+        found: defaultdict[int, int] = defaultdict(int)
+        for users in self._charged.values():
+            for user in np.frombuffer(users, dtype="<i8"):
+                found[int(user)] += 1
+        return dict(found)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, kind: str, question: str, address: Address, users: bytes, cost: float, upload: bytes | None = None) -> None:
+        values = [self._number + 1, kind, question, address.run, address.phase, address.round, users, cost]
+        chain = self._link(values)
+        try:
+            self._file.execute("BEGIN IMMEDIATE")
+            self._file.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, chain))
+            if upload is not None:
+                self._file.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (question, address.run, address.round, upload))
+            self._file.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._file.in_transaction:
+                self._file.execute("ROLLBACK")
+            raise DataError(f"{self.path}: an upload could not be written down ({error}), so nothing leaves; check space and rights") from None
+        self._believe(values, chain)
+
+    def _believe(self, values: list[Any], chain: bytes) -> None:
+        self._number, kind, question, _, _, _, users, cost = values
+        self._chain = chain
+        if kind == "answer":
+            self._answered.add(question)
+            return
+        self._charged[question] = users
+        for user in np.frombuffer(users, dtype="<i8"):
+            self._cost[int(user)] += cost
+
+    def _link(self, values: list[Any]) -> bytes:
+        text = json.dumps([value.hex() if isinstance(value, bytes | float) else value for value in values])
+        return hmac.new(self._key, b"fedssl upload\0" + self._chain + text.encode(), hashlib.sha256).digest()
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a node's users need to add noise of their own: its key, never sent or shown, and its ledger of uploads."""
+
+    key: bytes = field(repr=False)
+    ledger: UploadLedger
+
+
+def open_device(folder: Path) -> Device:
+    """Key and ledger of a node's folder, made where it has neither. Call it with the folder held alone.
+
+    Raises DataError where one of both is missing or was changed: what its users have spent is then unknown.
+    """
+    path, key = folder / "uploads.sqlite", read_device_key(folder)
+    if key is not None:
+        return Device(key, UploadLedger(path, key, may_be_new=False))
+    # The ledger first: a crash between both leaves an empty one, and no row of another key passes.
+    UploadLedger(path, b"", may_be_new=True).close()
+    key = write_device_key(folder)
+    return Device(key, UploadLedger(path, key, may_be_new=False))
