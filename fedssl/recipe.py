@@ -55,12 +55,11 @@ class Recipe(Settings):
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
-def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, noise_multiplier: float | None = None) -> Recipe:
+def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: PrivacyConfig | None = None) -> Recipe:
     """The recipe of a run over a catalogue of ``num_items`` items with that hash.
 
-    ``noise_multiplier``: that of updates where nodes must know it and the settings name only a target epsilon (local mode).
+    ``privacy``: what nodes are told of it, where that is more than the settings say (`Plan.told_to_nodes`).
     """
-    privacy = run.privacy if noise_multiplier is None else run.privacy.model_copy(update={"noise_multiplier": noise_multiplier})
     return Recipe(
         seed=run.seed,
         num_items=num_items,
@@ -71,7 +70,7 @@ def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, noise_multipl
         head=run.head,
         local=run.local,
         server=run.server,
-        privacy=privacy,
+        privacy=privacy if privacy is not None else run.privacy,
     )
 
 

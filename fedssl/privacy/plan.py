@@ -97,6 +97,14 @@ class Plan:
         ((phase, _),) = self._events({})
         return -(-rounds // -(-self.num_users // users_per_round(phase.expected_cohort, self.num_users)))
 
+    def told_to_nodes(self, privacy: PrivacyConfig) -> PrivacyConfig:
+        """The settings as a recipe has them. Local: both noise and promise, so that a node adds the one and refuses to exceed the other."""
+        if self.trust != "local":
+            return privacy
+        # Up to six digits, so that another machine's last bits make the same recipe.
+        told = {"noise_multiplier": self.sum("training", "update").noise_multiplier, "epsilon": accounting.round_up(self.promised, 6)}
+        return privacy.model_copy(update=told)
+
     @cached_property
     def promised(self) -> float:
         """The target, or else epsilon of the planned rounds."""

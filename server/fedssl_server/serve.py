@@ -58,8 +58,8 @@ def serve(
     node_ids, owner_U = owners(users_of_node, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users)
     central = None if config.privacy.is_local else plan
-    noise = plan.sum("training", "update").noise_multiplier if plan is not None and central is None else None
-    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, noise_multiplier=noise)
+    told = plan.told_to_nodes(config.privacy) if plan is not None else None
+    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, privacy=told)
     begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
     if begin.recipe.hash != recipe.hash:
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")

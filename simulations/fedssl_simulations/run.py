@@ -131,8 +131,8 @@ def _simulate(
     histories = dataset.histories
     plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
     is_local = config.privacy.is_local
-    noise = plan.sum("training", "update").noise_multiplier if plan is not None and is_local else None
-    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, noise_multiplier=noise)
+    told = plan.told_to_nodes(config.privacy) if plan is not None else None
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told)
     phases = phases_of(recipe)
     _check_same_data(folder, about, dataset)
     # First of all: from here on, whatever happens, the folder is one that can be resumed.

@@ -203,19 +203,21 @@ def test_it_is_charged_before_anything_of_the_user_is_read(tmp_path: Path):
     assert shard.own().ledger.uploads() == {4: 1}
 
 
-def test_a_node_refuses_the_upload_that_would_break_the_recipes_promise(tmp_path: Path):
-    config = small_config(LOCAL, {"privacy": {"noise_multiplier": 0.0, "epsilon": 2.0}})
-    z = plan_of(config.privacy, config.server).sum("training", "update").noise_multiplier
-    recipe = recipe_of(config, small_dataset())
-    told = recipe.model_copy(update={"privacy": recipe.privacy.model_copy(update={"noise_multiplier": z})})
+@pytest.mark.parametrize("privacy", [{}, {"privacy": {"noise_multiplier": 0.0, "epsilon": 2.0}}], ids=["noise given", "epsilon given"])
+def test_a_node_refuses_the_upload_that_would_break_the_recipes_promise(privacy: dict[str, Any], tmp_path: Path):
+    config, recipe = small_config(LOCAL, privacy), recipe_of(small_config(LOCAL, privacy), small_dataset())
+    told = recipe.model_copy(update={"privacy": plan_of(config.privacy, config.server).told_to_nodes(config.privacy)})
     shard = shard_of(tmp_path, np.array([4]))
     for round in (1, 2):
         client_round(replace(ask(config, round=round), recipe=told), shard)
     with pytest.raises(BudgetSpent, match="round 3 would spend epsilon"):
         client_round(replace(ask(config, round=3), recipe=told), shard)
     assert shard.own().ledger.uploads() == {4: 2}
+
+
+def test_a_recipe_with_a_target_and_no_noise_is_refused(tmp_path: Path):
     with pytest.raises(ConfigError, match="must solve for it"):
-        client_round(replace(ask(config, round=3), recipe=recipe), shard)
+        client_round(ask(small_config(LOCAL, {"privacy": {"noise_multiplier": 0.0, "epsilon": 2.0}})), shard_of(tmp_path))
 
 
 def test_a_node_without_a_folder_for_key_and_ledger_trains_nothing():
@@ -269,7 +271,7 @@ def test_a_round_is_the_mean_of_the_noised_uploads_of_those_who_were_asked(tmp_p
     run = play(small_config(LOCAL, plain), tmp_path / "run")
     download = ask(small_config(LOCAL, plain))
     about = tomllib.loads((run.folder / "run.toml").read_text())["about"]
-    asked = Download(replace(download.address, run=about["run"]), download.recipe, download.tensors)
+    asked = Download(replace(download.address, run=about["run"]), run.recipe, download.tensors)
     users = cohort_of_pass(1, 10, 24, 1)
     total = sum(update(client_round(replace(asked, users=np.array([user])), shard_of(tmp_path / f"{user}"))) for user in users)
     released = run.state.memory["velocity"].double().numpy()
