@@ -407,7 +407,7 @@ def _finish_attack(found: Found, out: Path, as_json: bool) -> None:
         return
     console = Console()
     # A terminal wraps what is wider; cells that are folded to three letters nobody can read.
-    console.width = max(console.width, 140)
+    console.width = max(console.width, 160)
     console.print(found.as_table())
     for note in found.notes:
         typer.echo(note)

@@ -228,7 +228,7 @@ def audit_all(
     return found_of(groups)
 
 
-def found_of(groups: Sequence[tuple[str, Sequence[Audit]]]) -> Found:
+def found_of(groups: Sequence[tuple[str, Sequence[Audit]]], *, first_column: str = "rounds") -> Found:
     """Audits, those of like kind together, as a table: the largest bound of each kind beside the claim."""
     rows: list[dict[str, Figure | float | int | str]] = []
     notes = [
@@ -237,12 +237,13 @@ def found_of(groups: Sequence[tuple[str, Sequence[Audit]]]) -> Found:
     ]
     for name, done in groups:
         most = max(done, key=lambda one: one.at_least)
+        shares = [one.at_least / one.claimed for one in (min(done, key=lambda one: one.at_least), most)]
         rows.append(
             {
-                "rounds": name,
+                first_column: name,
                 "claimed": most.claimed,
                 "at least": most.at_least,
-                "share of claim": f"{min(one.at_least for one in done) / most.claimed:.2f} to {most.at_least / most.claimed:.2f}",
+                "of the claim": f"{shares[1]:.2f}" if len(done) == 1 else f"{shares[0]:.2f} to {shares[1]:.2f}",
                 "refuted": f"{sum(one.is_refuted for one in done)} of {len(done)}",
                 "attack": most.attack,
                 "hits": _rate(most.named_in, most.members),

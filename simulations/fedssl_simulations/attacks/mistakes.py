@@ -121,5 +121,5 @@ def audit_mistakes(folder: Path, *, canaries: int = 100_000, delta: float = 1e-5
                 done = audit(mistake.scenario, Path(ledgers) / str(number), canaries=canaries, delta=delta, seed=seed)
             on_done(done)
             groups.append((mistake.name, [done]))
-    found = found_of(groups)
+    found = found_of(groups, first_column="mistake")
     return replace(found, attack="audit-mistakes", title=f"Planted mistakes, and what the audit says: {found.about['canaries']:,} canaries")

@@ -49,7 +49,7 @@ class Found:
         """The rows for a terminal."""
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD)
         for name, example in self.rows[0].items():
-            table.add_column(name, justify="left" if isinstance(example, str) else "right", no_wrap=not isinstance(example, str))
+            table.add_column(name, justify="left" if isinstance(example, str) else "right", no_wrap=True)
         for row in self.rows:
             table.add_row(*(_short(value) if isinstance(value, float) else str(value) for value in row.values()))
         return table
