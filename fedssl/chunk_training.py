@@ -21,6 +21,7 @@ from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP, WITHIN_STEP
 from fedssl.privacy.clipping import GridTotal
 from fedssl.privacy.local_noise import LocalNoise
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums
+from fedssl.privacy.window_chance import WindowChance
 from fedssl.recipe import Recipe
 from fedssl.records import Address, Ints
 from fedssl.weights import Weights
@@ -57,7 +58,7 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class ChunkJob:
-    """What all chunks of an exchange have in common. ``noise``: where every user adds their own."""
+    """What all chunks of an exchange have in common. ``noise``: where every user adds their own; ``windows``: where windows are protected."""
 
     address: Address
     recipe: Recipe
@@ -65,6 +66,7 @@ class ChunkJob:
     events: Events
     weights: Weights
     noise: LocalNoise | None = None
+    windows: WindowChance | None = None
 
     @property
     def window(self) -> int:
@@ -93,6 +95,7 @@ class MappedJob(NamedTuple):
     events: dict[str, MappedArray]
     weights: dict[str, MappedArray]
     noise: LocalNoise | None = None
+    windows: WindowChance | None = None
 
 
 def cut_chunks(lengths_U: NDArray[np.int64], users_U: NDArray[np.int64], *, window: int, windows: int, users_per_chunk: int) -> list[NDArray[np.int64]]:
@@ -120,9 +123,14 @@ def begin_chunks(job: ChunkJob) -> tuple[Callable[[Chunk], ChunkResult], Callabl
 
 def begin_mapped_chunks(job: MappedJob) -> tuple[Callable[[Chunk], ChunkResult], Callable[[], Ints]]:
     """`begin_chunks` in a worker process, on arrays that it maps."""
+    return begin_chunks(unmapped(job))
+
+
+def unmapped(job: MappedJob) -> ChunkJob:
+    """The job over arrays that this process maps."""
     events = MappedEvents(**{name: array.open() for name, array in job.events.items()})
     weights = {name: torch.from_numpy(array.open()) for name, array in job.weights.items()}
-    return begin_chunks(ChunkJob(job.address, job.recipe, job.clip_norm, events, weights, job.noise))
+    return ChunkJob(job.address, job.recipe, job.clip_norm, events, weights, job.noise, job.windows)
 
 
 def train_chunk(job: ChunkJob, parts: Parts, declared: dict[str, DeclaredSum], chunk: Chunk, total: GridTotal) -> ChunkResult:

@@ -28,9 +28,11 @@ from fedssl.privacy.local_noise import LocalNoise
 from fedssl.privacy.manifest import DeclaredSum, check_manifest, declared_sums
 from fedssl.privacy.plan import LOCAL_SENSITIVITY
 from fedssl.privacy.uploads import Device, open_device, question_of
+from fedssl.privacy.window_chance import WindowChance
 from fedssl.recipe import Recipe
 from fedssl.records import Download, Ints, SparseSum, Upload
 from fedssl.weights import from_numpy
+from fedssl.window_chunks import begin_mapped_window_chunks, begin_window_chunks
 from fedssl.wire import to_bytes, upload_from_bytes
 from fedssl.workers import MappedArray, Workers, run_here
 
@@ -49,7 +51,8 @@ class Shard:
     """A node's users: their histories, their stable numbers (sorted), and the folder of their heads.
 
     ``users_per_chunk`` and ``pool`` (who trains the chunks) say how fast, never what. ``device``: key and ledger of users who
-    add their own noise; where None it is opened in ``device_folder`` when a recipe first asks for it.
+    add their own noise; where None it is opened in ``device_folder`` when a recipe first asks for it. ``is_simulated``: the users stand for
+    devices, and where it is the same law their noise is drawn once, as that of their sum.
     """
 
     events: Events
@@ -60,6 +63,7 @@ class Shard:
     notes: Notes = field(default_factory=Notes)
     device_folder: Path | None = None
     device: Device | None = None
+    is_simulated: bool = False
     _heads: HeadStore | None = None
     _name: str = field(default_factory=lambda: uuid4().hex)
 
@@ -147,12 +151,17 @@ def client_round(download: Download, shard: Shard) -> Upload:
 def _charge(download: Download, declared: dict[str, DeclaredSum], shard: Shard, users: NDArray[np.int64]) -> None:
     """Charge each user for all the sums together: before anything of theirs is read."""
     privacy, ledger = download.recipe.privacy, shard.own().ledger
+    ledger.forget(download.address.run, download.settled)
+    if privacy.is_by_window:
+        # A window changes a step's sum by up to the clip; each step of the upload is read and noised on its own.
+        rate, steps, cost = privacy.window_rate, download.recipe.local.steps, privacy.noise_multiplier**-2
+        ledger.charge(question_of(download), download.address, users, cost=cost, promised=privacy.epsilon, delta=privacy.delta, rate=rate, steps=steps)
+        return
     cost = 0.0
     for one in declared.values():
         if one.clip_norm is None or one.noise_std == 0:
             raise WireError(f"the recipe has users add their own noise, and none to the sum {one.name!r}; it cannot be accounted for")
         cost += (LOCAL_SENSITIVITY * one.clip_norm / (one.noise_std * one.step)) ** 2
-    ledger.forget(download.address.run, download.settled)
     ledger.charge(question_of(download), download.address, users, cost=cost, promised=privacy.epsilon, delta=privacy.delta)
 
 
@@ -181,16 +190,19 @@ def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.
     lengths = shard.events.training_ends[places] - shard.events.cuts[places]
     cut = cut_chunks(lengths, users, window=recipe.encoder.window, windows=recipe.local.windows, users_per_chunk=shard.users_per_chunk)
     chunks = (Chunk(places[chosen], users[chosen], heads.read(users[chosen]) if heads is not None else None) for chosen in cut)
-    noise = LocalNoise(shard.own().key, question_of(download), address) if recipe.privacy.is_local else None
+    noise, windows = _device_chance(download, shard)
     if shard.pool.number == 1 or len(cut) == 1:
-        job = ChunkJob(address, recipe, download.clip_norm, shard.events, from_numpy(download.tensors), noise)
-        results, totals = run_here(begin_chunks, job, chunks)
+        job = ChunkJob(address, recipe, download.clip_norm, shard.events, from_numpy(download.tensors), noise, windows)
+        results, totals = run_here(begin_chunks if windows is None else begin_window_chunks, job, chunks)
     else:
-        mapped = MappedJob(address, recipe, download.clip_norm, shard.share_events(), shard.pool.share("weights", download.tensors), noise)
-        results, totals = shard.pool.run(begin_mapped_chunks, mapped, chunks)
+        mapped = MappedJob(address, recipe, download.clip_norm, shard.share_events(), shard.pool.share("weights", download.tensors), noise, windows)
+        results, totals = shard.pool.run(begin_mapped_chunks if windows is None else begin_mapped_window_chunks, mapped, chunks)
     update = np.zeros(parts.layout.num_weights, dtype=np.int64)
     for total in totals:
         update += total
+    declared = _training_sums(download, parts)
+    if windows is not None and not windows.is_apart:
+        update += windows.noise(users, 0, parts.layout.num_weights, declared["update"].noise_std * len(users) ** 0.5)
     if heads is not None and results:
         new_UD = np.concatenate([result.heads_UD for result in results if result.heads_UD is not None])
         heads.write(np.concatenate([result.users_U for result in results]), new_UD, round=address.round)
@@ -205,8 +217,16 @@ def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.
         "loss": np.array([sum(result.loss_steps for result in results)], dtype=np.int64),
         WITHIN: np.array([sum(result.within_steps for result in results)], dtype=np.int64),
     }
-    declared = _training_sums(download, parts)
     return {name: value for name, value in sums.items() if name in declared}
+
+
+def _device_chance(download: Download, shard: Shard) -> tuple[LocalNoise | None, WindowChance | None]:
+    """Where the noise of users who add their own comes from: to the whole update, or to sums over windows."""
+    privacy, address = download.recipe.privacy, download.address
+    if privacy.is_by_window:
+        is_apart = not shard.is_simulated or download.recipe.local.steps > 1
+        return None, WindowChance(shard.own().key, question_of(download), address, is_apart)
+    return (LocalNoise(shard.own().key, question_of(download), address) if privacy.is_local else None), None
 
 
 def _training_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:

@@ -175,12 +175,18 @@ class ServerConfig(Settings):
 class PrivacyConfig(Settings):
     """What the run promises each user. Printed in every report."""
 
-    mode: Literal["central", "local"] = Field(
+    mode: Literal["central", "local", "window"] = Field(
         "central",
-        description="Who adds the noise. central: the server, once to a cohort's sum; it is trusted. local: every user to their own upload, before it leaves; "
-        "nobody is trusted, and far more noise is in the sum",
+        description="Who adds the noise, and what is protected. central: the server, once to a cohort's sum; it is trusted. local: every user to their own "
+        "upload, before it leaves; nobody is trusted, and far more noise is in the sum. window: as local, but the promise is about one training window of a "
+        "device and not about the user",
     )
-    clip_norm: float | None = Field(None, ge=1e-12, description="Largest L2 norm of one user's whole update, in units of the weights; None: no clipping")
+    clip_norm: float | None = Field(
+        None, ge=1e-12, description="Largest L2 norm of one user's whole update, or under mode = 'window' of one window's gradient; None: no clipping"
+    )
+    window_rate: float = Field(
+        0.25, gt=0.0, le=1.0, description="mode = 'window': chance of each training window to be read in a local step; the device's own secret coins"
+    )
     clip: Literal["fixed", "adaptive"] = Field(
         "fixed", description="fixed: clip_norm in all rounds; adaptive: in the first one, then it follows a quantile of the users' norms"
     )
@@ -209,8 +215,13 @@ class PrivacyConfig(Settings):
 
     @property
     def is_local(self) -> bool:
-        """Whether every user adds their own noise."""
-        return self.has_plan and self.mode == "local"
+        """Whether every user adds their own noise: to one update, or window by window."""
+        return self.has_plan and self.mode != "central"
+
+    @property
+    def is_by_window(self) -> bool:
+        """Whether the promise is about one training window."""
+        return self.has_plan and self.mode == "window"
 
     @model_validator(mode="after")
     def _noise_needs_a_clip(self) -> PrivacyConfig:
@@ -221,7 +232,9 @@ class PrivacyConfig(Settings):
         if self.clip == "adaptive" and self.clip_norm is None:
             raise ValueError("clip = 'adaptive' needs a clip for the first round; set clip_norm")
         if self.is_local and self.fleet_users:
-            raise ValueError("fleet_users asks about noise that a server adds once; under mode = 'local' every user adds their own, set fleet_users = 0")
+            raise ValueError(f"fleet_users asks about noise that a server adds once; under mode = '{self.mode}' every user adds their own, set fleet_users = 0")
+        if self.is_by_window and self.clip == "adaptive":
+            raise ValueError("clip = 'adaptive' asks about norms of users' updates; under mode = 'window' single gradients are clipped, set clip = 'fixed'")
         return self
 
 
@@ -284,10 +297,15 @@ class RunConfig(Settings):
             raise ValueError(f"[local] reduction = 'sum' with [server] weighting = '{self.server.weighting}' weighs long histories twice; set one of them back")
         if self.privacy.epsilon is not None and self.privacy.noise_multiplier > 0:
             raise ValueError("[privacy] epsilon and noise_multiplier are both given; give one, the other follows from it")
+        mode = self.privacy.mode
         if self.privacy.is_local and self.server.sampling != "passes":
-            raise ValueError("[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = 'local' set sampling = 'passes'")
+            raise ValueError(f"[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = '{mode}' set sampling = 'passes'")
         if self.privacy.is_local and self.counts is not None:
-            raise ValueError("[counts] would be a whole matrix of noise from every user; under privacy.mode = 'local' take the section away (counts = none)")
+            raise ValueError(f"[counts] would be a whole matrix of noise from every user; under privacy.mode = '{mode}' take the section away (counts = none)")
+        if self.privacy.is_by_window and self.head.name != "none":
+            raise ValueError("[head] would carry one window into the gradients of others, without noise; under privacy.mode = 'window' set name = 'none'")
+        if self.privacy.is_by_window and (self.local.weight_decay or self.local.proximal):
+            raise ValueError("[local] weight_decay and proximal are no gradient of a window; under privacy.mode = 'window' set both to 0")
         if self.privacy.has_plan:
             if self.server.sampling != "poisson" and not self.privacy.is_local:
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")

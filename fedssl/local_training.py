@@ -83,6 +83,19 @@ def make_batch(
     """Windows and views of the users at ``places_U`` of ``events``, whose stable numbers are ``users_U``."""
     keys_U = seeds.keys_of_users(seeds.key(*base, "windows"), users_U)
     windows_USBL1 = draw_windows(events, places_U, keys_U, steps=local.steps, windows=local.windows, length=window)
+    return batch_of(tasks, windows_USBL1, users_U, base=base, window=window, num_items=num_items)
+
+
+def batch_of(
+    tasks: Sequence[tuple[Task, float]],
+    windows_USBL1: NDArray[np.int64],
+    users_U: NDArray[np.int64],
+    *,
+    base: tuple[str | int, ...],
+    window: int,
+    num_items: int,
+) -> Batch:
+    """Views of these windows; ``users_U`` says whose chance draws them."""
     drawn = [task.draw(windows_USBL1, Chance((*base, number), users_U, window)) for number, (task, _) in enumerate(tasks)]
     positions_U = ((windows_USBL1[..., 1:] > 0) & (windows_USBL1[..., :-1] > 0)).sum((1, 2, 3))
     if any(views.ranks_all for views in drawn):

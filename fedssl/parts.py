@@ -41,11 +41,18 @@ class Parts(NamedTuple):
 
 @lru_cache(maxsize=8)
 def make_parts(recipe: Recipe) -> Parts:
-    """The parts of a recipe. Tasks of weight 0 are left out. Raises ConfigError for a name nobody knows, and for a task that cannot train the encoder."""
+    """The parts of a recipe. Tasks of weight 0 are left out. Raises ConfigError for a name nobody knows, for a task that cannot train
+    the encoder, and under window-level privacy for one that couples windows.
+    """
     encoder = find(ENCODERS, recipe.encoder.name, what="encoder")(recipe.encoder)
     tasks = [(config, make_task(config, num_items=recipe.num_items)) for config in recipe.task if config.weight > 0]
     for config, task in tasks:
         _check_pair(config.name, task, recipe.encoder.name, encoder)
+        if recipe.privacy.is_by_window and not task.is_by_window:
+            raise ConfigError(
+                f"task '{config.name}' reads several windows of a user in one loss, so no window can be clipped alone; under privacy.mode = 'window' "
+                "use a task that declares is_by_window (next-item, masked-item), or protect the whole user with mode = 'central' or 'local'"
+            )
     return Parts(
         encoder=encoder,
         tasks=tuple((task, config.weight) for config, task in tasks),

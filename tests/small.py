@@ -101,7 +101,7 @@ def train(
     pieces = np.array_split(np.arange(histories.num_users), shards) if isinstance(shards, int) else shards
     nodes = deal(config, dataset, pieces, folder / "heads" if folder else None)
     node_ids, owner_U = owners({node: shard.users for node, shard in nodes.items()}, histories.num_users)
-    plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
+    plan = make_plan(config.privacy, config.server, config.counts, histories.num_users, local=config.local)
     run = Run("test", recipe, histories.num_users, node_ids, owner_U)
     if plan is not None:
         assert folder is not None, "a plan needs a folder for its ledger"

@@ -48,3 +48,25 @@ def draw_windows(events: Events, users_U: NDArray[np.int64], keys_U: NDArray[np.
     if len(events.items) == 0:
         return np.zeros(place.shape, dtype=np.int64)
     return np.where(is_real, events.items[place], 0).astype(np.int64)
+
+
+def count_pieces(events: Events, users_U: NDArray[np.int64], *, length: int) -> NDArray[np.int64]:
+    """How many windows a history is cut into where a window is a unit of its own (`take_pieces`). Shape: (U,)."""
+    full_U, rest_U = np.divmod(events.training_ends[users_U] - events.cuts[users_U], length + 1)
+    result: NDArray[np.int64] = full_U + (rest_U >= 2)
+    return result
+
+
+def take_pieces(events: Events, users_W: NDArray[np.int64], numbers_W: NDArray[np.int64], *, length: int) -> NDArray[np.int64]:
+    """Window ``numbers_W`` of each user: pieces of ``length`` positions and one target more, cut from the first event on. Shape: (W, 1, 1, length + 1).
+
+    No event is in two windows, as input or as target; the last piece may be shorter, and a single event left over is no window.
+    What is cut depends on how many events came before, so events that come later leave full windows as they are.
+    """
+    start_W = events.cuts[users_W] + numbers_W * (length + 1)
+    size_W = np.minimum(events.training_ends[users_W] - start_W, length + 1)
+    column = np.arange(-max(int(size_W.max(initial=0)), 2), 0)
+    is_real = column >= -size_W[:, None]
+    place = np.where(is_real, (start_W + size_W)[:, None] + column, 0)
+    windows = np.where(is_real, events.items[place], 0) if len(events.items) else np.zeros(place.shape)
+    return windows.astype(np.int64)[:, None, None]

@@ -25,6 +25,8 @@ from fedssl.records import SparseSum
 
 WEIGHT_STEP = 2.0**-16
 LOSS_STEP = 2.0**-16
+MOST_WINDOWS = 1024
+"""Under window-level privacy: a step's sum of gradients is at most as long as so many times ``local.windows`` clipped ones; beyond it an upload is refused."""
 NOISE_TAIL = 12.0
 """Deviations beyond which noise that users added counts as no noise: a normal number lies there with a chance of 4e-33."""
 COUNTS_STEP = 2.0**-16
@@ -77,7 +79,9 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
             sums.append(DeclaredSum("loss", (1,), "dense", "int", None, LOSS_STEP))
         if is_adaptive:
             sums.append(DeclaredSum(WITHIN, (1,), "dense", "int", WITHIN_CLIP, WITHIN_STEP))
-        if recipe.privacy.is_local:
+        if recipe.privacy.is_by_window:
+            sums = [_of_windows(recipe, one) for one in sums]
+        elif recipe.privacy.is_local:
             sums = [_with_noise(recipe, one) for one in sums]
         return {one.name: one for one in sums}
     known = "counts, training" if recipe.counts is not None else "training"
@@ -86,11 +90,38 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
 
 def _with_noise(recipe: Recipe, one: DeclaredSum) -> DeclaredSum:
     """A sum to which every user adds noise of the recipe's multiplier, in steps of the round's clip."""
-    if recipe.privacy.noise_multiplier == 0:
-        raise ConfigError("[privacy] mode = 'local', and the recipe says no noise_multiplier; the server must solve for it before it asks anybody")
+    _check_noise(recipe)
     (noise,) = (planned.noise_multiplier for planned in training_sums(recipe.privacy, recipe.privacy.noise_multiplier) if planned.name == one.name)
     assert one.clip_norm is not None
     return replace(one, noise_std=noise * one.clip_norm / one.step)
+
+
+def window_scale(recipe: Recipe) -> float:
+    """Under window-level privacy: what a step moves the weights by, over the noised sum of its windows' clipped gradients."""
+    return recipe.local.lr / recipe.local.windows
+
+
+def _of_windows(recipe: Recipe, one: DeclaredSum) -> DeclaredSum:
+    """The noised sums of windows' gradients of all local steps, scaled to an update. Counted in steps of one window's clip."""
+    _check_noise(recipe)
+    assert one.clip_norm is not None
+    local, scale = recipe.local, window_scale(recipe)
+    most = MOST_WINDOWS * local.windows * local.steps
+    return replace(
+        one,
+        step=one.step * scale,
+        clip_norm=one.clip_norm * scale * most,
+        smallest=one.smallest * most,
+        largest=one.largest * most,
+        noise_std=recipe.privacy.noise_multiplier * one.clip_norm / one.step * math.sqrt(local.steps),
+    )
+
+
+def _check_noise(recipe: Recipe) -> None:
+    if recipe.privacy.noise_multiplier == 0:
+        raise ConfigError(
+            f"[privacy] mode = '{recipe.privacy.mode}', and the recipe says no noise_multiplier; the server must solve for it before it asks anybody"
+        )
 
 
 def check_manifest(sums: Mapping[str, Any], declared: Mapping[str, DeclaredSum], *, most_users: int) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from fedssl.config import CountsConfig, PrivacyConfig, ServerConfig
+from fedssl.config import CountsConfig, LocalConfig, PrivacyConfig, ServerConfig
 from fedssl.errors import BudgetSpent, ConfigError
 from fedssl.privacy import accounting
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_CLIP
@@ -58,6 +58,8 @@ class Plan:
 
     ``fleet_users``: the promise is one to a fleet of so many, of whom these users are a part; rate and noise multiplier are
     the fleet's, and so is the noise on a mean. The users at hand are then promised nothing.
+
+    By window, a phase's ``rate`` is a window's chance to be read in one of the ``steps`` local steps of an upload.
     """
 
     phases: tuple[PhasePlan, ...]
@@ -69,6 +71,12 @@ class Plan:
     trust: str = "central"
     accountant: str = "PLD (dp-accounting)"
     fleet_users: int | None = None
+    steps: int = 1
+
+    @property
+    def is_by_window(self) -> bool:
+        """Whether the promise is about one training window, and not about a user."""
+        return self.unit == "training window"
 
     def phase(self, name: str) -> PhasePlan:
         """The phase of that name. Raises ConfigError when the plan has none."""
@@ -89,8 +97,15 @@ class Plan:
         """Epsilon at ``delta`` of so many charged attempts a phase. A phase that is not named was not charged. Local: of the user who uploaded most."""
         if self.trust == "local":
             ((phase, count),) = self._events(charged)
+            if self.is_by_window:
+                return accounting.epsilon(self.window_events(count), self.delta)
             return accounting.gaussian_epsilon(phase.noise_multiplier / LOCAL_SENSITIVITY, self.uploads(count), self.delta)
         return accounting.epsilon([(phase.rate, phase.noise_multiplier, count) for phase, count in self._events(charged)], self.delta)
+
+    def window_events(self, rounds: int) -> list[tuple[float, float, int]]:
+        """By window: (rate, noise multiplier, steps) of the user who was asked most in the first ``rounds`` rounds."""
+        (phase,) = self.phases
+        return [(phase.rate, phase.noise_multiplier, self.uploads(rounds) * self.steps)]
 
     def uploads(self, rounds: int) -> int:
         """Local: how often the user who was asked most uploads in the first ``rounds`` rounds. A pass asks each user once."""
@@ -140,6 +155,8 @@ class Plan:
         values = asdict(self)
         if self.fleet_users is None:
             del values["fleet_users"]
+        if self.steps == 1:
+            del values["steps"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     def statement(self) -> dict[str, Any]:
@@ -226,12 +243,12 @@ class Plan:
         return caveats
 
 
-def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int) -> Plan | None:
+def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int, *, local: LocalConfig | None = None) -> Plan | None:
     """The plan that these settings make over ``num_users`` users; None when they ask for none.
 
     A target epsilon is solved for noise: the counts get ``counts.share`` of it (their 1/z^2 is that share of the one
     Gaussian's that spends the whole target), the training all that is then left, and the whole composes to at most the
-    target.
+    target. ``local``: needed where each of a device's local steps is a release (mode = "window").
 
     Raises ConfigError for settings that no plan can keep: a cohort larger than the users, passes, unequal weights, a
     sum without clip or noise.
@@ -254,6 +271,10 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     if counts is not None and counts.clip_norm is None:
         raise ConfigError("[counts] has no clip_norm; under a plan every sum needs one")
 
+    if privacy.is_by_window:
+        if local is None:
+            raise ConfigError("[privacy] mode = 'window' accounts for every local step; a plan for it needs the [local] settings too")
+        return _window_plan(privacy, server, counts, num_users, local.steps)
     if privacy.is_local:
         return _local_plan(privacy, server, counts, num_users)
     noise, counts_noise = _noise(privacy, server, counts, rate)
@@ -280,10 +301,7 @@ def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | 
 
 def _local_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int) -> Plan:
     """Every user adds noise to each of their own uploads. Neighbours replace a user's data, so an update changes by up to twice the clip."""
-    if counts is not None:
-        raise ConfigError("[counts] would be a whole matrix of noise from every user; under privacy.mode = 'local' take the section away (counts = none)")
-    if server.sampling != "passes":
-        raise ConfigError("[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = 'local' set sampling = 'passes'")
+    _check_own_noise(privacy, server, counts)
     sums = training_sums(privacy, privacy.noise_multiplier or 1.0)
     made = Plan(
         phases=(PhasePlan("training", server.rounds, server.cohort / num_users, float(server.cohort), sums),),
@@ -298,6 +316,35 @@ def _local_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConf
         return made
     both = LOCAL_SENSITIVITY * accounting.solve_gaussian_noise(privacy.epsilon, privacy.delta, made.uploads(server.rounds))
     return replace(made, phases=(replace(made.phases[0], sums=training_sums(privacy, _of_update(privacy, accounting.round_up(both)))),))
+
+
+def _window_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, num_users: int, steps: int) -> Plan:
+    """Every local step of a device is one release of a sum over windows, each read with chance ``window_rate``; a window changes it by up to the clip."""
+    _check_own_noise(privacy, server, counts)
+    phase = PhasePlan("training", server.rounds, privacy.window_rate, float(server.cohort), training_sums(privacy, privacy.noise_multiplier or 1.0))
+    made = Plan(
+        phases=(phase,),
+        delta=privacy.delta,
+        num_users=num_users,
+        target=privacy.epsilon,
+        unit="training window",
+        neighbours="add/remove one training window of one device",
+        trust="local",
+        steps=steps,
+    )
+    if privacy.epsilon is None:
+        return made
+    noise = accounting.solve_noise(privacy.epsilon, privacy.delta, privacy.window_rate, made.uploads(server.rounds) * steps)
+    return replace(made, phases=(replace(phase, sums=training_sums(privacy, noise)),))
+
+
+def _check_own_noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None) -> None:
+    if counts is not None:
+        raise ConfigError(
+            f"[counts] would be a whole matrix of noise from every user; under privacy.mode = '{privacy.mode}' take the section away (counts = none)"
+        )
+    if server.sampling != "passes":
+        raise ConfigError(f"[server] sampling = 'poisson' does not say how often a user uploads; under privacy.mode = '{privacy.mode}' set sampling = 'passes'")
 
 
 def training_sums(privacy: PrivacyConfig, noise: float) -> tuple[SumPlan, ...]:

@@ -7,7 +7,9 @@ It is charged before the data is read, and its answer is kept before it leaves:
 - charged but never answered (a crash): nothing has left, so the same noise may be drawn over what is there now;
 - another question is another upload: charged, with noise of its own.
 
-Uploads with noise add up to one Gaussian: a user's sum of 1/z^2. Each row carries an HMAC of itself and the row before, with
+Uploads with noise add up to one Gaussian: a user's sum of 1/z^2. Uploads that protect single training windows are counted apart, as steps of
+a rate and a noise: what they say of the whole user is not bounded here, while an upload that protects the user protects each window
+too. Each row carries an HMAC of itself and the row before, with
 the node's key, so a row that was changed or taken out is seen; that the whole file is of yesterday is not.
 SQLite, in which a commit is on disk before it returns (WAL, synchronous = FULL).
 """
@@ -32,9 +34,10 @@ from fedssl.privacy import accounting
 from fedssl.privacy.keys import read_device_key, write_device_key
 from fedssl.records import Address, Download
 
-UPLOADS_FORMAT = 1
+UPLOADS_FORMAT = 2
 _TABLES = """
-CREATE TABLE uploads (number INTEGER PRIMARY KEY, kind TEXT, question TEXT, run TEXT, phase TEXT, round INTEGER, users BLOB, cost REAL, chain BLOB) STRICT;
+CREATE TABLE uploads (number INTEGER PRIMARY KEY, kind TEXT, question TEXT, run TEXT, phase TEXT, round INTEGER, users BLOB, cost REAL,
+    rate REAL, steps INTEGER, chain BLOB) STRICT;
 CREATE TABLE answers (question TEXT PRIMARY KEY, run TEXT, round INTEGER, upload BLOB) STRICT;
 """
 
@@ -62,6 +65,7 @@ class UploadLedger:
             raise DataError(f"{path} is missing; what these users have spent is unknown, so nothing is trained. Put the node's own ledger back")
         self.path, self._key = path, key
         self._cost: defaultdict[int, float] = defaultdict(float)
+        self._steps: defaultdict[int, dict[tuple[float, float], int]] = defaultdict(dict)
         self._charged: dict[str, bytes] = {}
         self._answered: set[str] = set()
         self._chain, self._number = b"", 0
@@ -74,7 +78,9 @@ class UploadLedger:
             if is_new or not self._file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._file.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {UPLOADS_FORMAT}; COMMIT;")
             form = self._file.execute("PRAGMA user_version").fetchone()[0]
-            rows = self._file.execute("SELECT number, kind, question, run, phase, round, users, cost, chain FROM uploads ORDER BY number").fetchall()
+            rows = self._file.execute(
+                "SELECT number, kind, question, run, phase, round, users, cost, rate, steps, chain FROM uploads ORDER BY number"
+            ).fetchall()
         except sqlite3.Error as error:
             raise DataError(f"{path}: cannot be read as a ledger of uploads ({error}); what was spent is unknown, so nothing is trained") from None
         if form != UPLOADS_FORMAT:
@@ -84,10 +90,22 @@ class UploadLedger:
                 raise DataError(f"{path}, row {self._number + 1}: not what this node wrote; what was spent is unknown, so nothing is trained")
             self._believe(values, chain)
 
-    def charge(self, question: str, address: Address, users: NDArray[np.int64], *, cost: float, promised: float | None, delta: float) -> None:
+    def charge(
+        self,
+        question: str,
+        address: Address,
+        users: NDArray[np.int64],
+        *,
+        cost: float,
+        promised: float | None,
+        delta: float,
+        rate: float = 1.0,
+        steps: int = 0,
+    ) -> None:
         """Charge an upload of ``users`` to each of them, on disk before this returns; a question that was charged is not charged again.
 
-        ``cost``: 1/z^2 of the upload, where z is the noise over the sensitivity. Raises BudgetSpent where one of them would
+        ``cost``: 1/z^2 of the upload, where z is the noise over the sensitivity. Where windows are protected, that of each of its ``steps``
+        steps, in which every window is read with chance ``rate``; 0 steps: the user is protected. Raises BudgetSpent where one of them would
         have spent more than ``promised`` (None: no bound), and WireError for a question that was asked of other users before, or
         was answered so long ago that the answer is no longer kept.
         """
@@ -100,11 +118,15 @@ class UploadLedger:
                 raise WireError("this question was answered, and a checkpoint held it, so the answer is no longer kept; it is not drawn anew")
             return
         if promised is not None:
-            worst = max((self._cost[int(user)] for user in users), default=0.0) + cost
-            spent = accounting.gaussian_epsilon(worst**-0.5, 1, delta)
+            if steps:
+                histories = {tuple(self.window_events(int(user))) for user in users}
+                spent = max((accounting.epsilon([*history, (rate, cost**-0.5, steps)], delta) for history in histories), default=0.0)
+            else:
+                worst = max((self._cost[int(user)] for user in users), default=0.0) + cost
+                spent = accounting.gaussian_epsilon(worst**-0.5, 1, delta)
             if spent > promised * (1 + 1e-9):
                 raise BudgetSpent(spent=spent, promised=promised, round_number=address.round)
-        self._write("charge", question, address, asked, cost)
+        self._write("charge", question, address, asked, cost, rate=rate, steps=steps)
 
     def answer(self, question: str) -> bytes | None:
         """The kept answer; None where there is none."""
@@ -126,9 +148,14 @@ class UploadLedger:
         self._file.execute("DELETE FROM answers WHERE run = ? AND round <= ?", (run, settled))
 
     def spent(self, user: int, delta: float) -> float:
-        """Epsilon of all that a user has sent so far."""
+        """Epsilon, for the user, of all that was sent so far to protect users."""
         cost = self._cost.get(user, 0.0)
         return accounting.gaussian_epsilon(cost**-0.5, 1, delta) if cost else 0.0
+
+    def window_events(self, user: int) -> list[tuple[float, float, int]]:
+        """(rate, noise multiplier, steps) of all that a user has sent so far, as it covers one window. Uploads that protect the user are one step at rate 1."""
+        events = [(rate, cost**-0.5, steps) for (rate, cost), steps in sorted(self._steps[user].items())]
+        return [*events, (1.0, self._cost[user] ** -0.5, 1)] if self._cost[user] else events
 
     def uploads(self) -> dict[int, int]:
         """How often each user was charged."""
@@ -142,12 +169,14 @@ class UploadLedger:
         """Close the file."""
         self._file.close()
 
-    def _write(self, kind: str, question: str, address: Address, users: bytes, cost: float, upload: bytes | None = None) -> None:
-        values = [self._number + 1, kind, question, address.run, address.phase, address.round, users, cost]
+    def _write(
+        self, kind: str, question: str, address: Address, users: bytes, cost: float, upload: bytes | None = None, *, rate: float = 1.0, steps: int = 0
+    ) -> None:
+        values = [self._number + 1, kind, question, address.run, address.phase, address.round, users, cost, rate, steps]
         chain = self._link(values)
         try:
             self._file.execute("BEGIN IMMEDIATE")
-            self._file.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, chain))
+            self._file.execute("INSERT INTO uploads VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", (*values, chain))
             if upload is not None:
                 self._file.execute("INSERT INTO answers VALUES (?, ?, ?, ?)", (question, address.run, address.round, upload))
             self._file.execute("COMMIT")
@@ -158,14 +187,18 @@ class UploadLedger:
         self._believe(values, chain)
 
     def _believe(self, values: list[Any], chain: bytes) -> None:
-        self._number, kind, question, _, _, _, users, cost = values
+        self._number, kind, question, _, _, _, users, cost, rate, steps = values
         self._chain = chain
         if kind == "answer":
             self._answered.add(question)
             return
         self._charged[question] = users
         for user in np.frombuffer(users, dtype="<i8"):
-            self._cost[int(user)] += cost
+            if steps:
+                own = self._steps[int(user)]
+                own[rate, cost] = own.get((rate, cost), 0) + steps
+            else:
+                self._cost[int(user)] += cost
 
     def _link(self, values: list[Any]) -> bytes:
         text = json.dumps([value.hex() if isinstance(value, bytes | float) else value for value in values])

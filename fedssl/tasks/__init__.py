@@ -76,8 +76,11 @@ class Task(NamedTuple):
 
     The windows have one event more than a causal encoder reads: the last target. ``encoder``: what kind the task can train; at
     every position of a bidirectional one the answer to "what comes next" would lie open, so a task asks for that kind by name.
+    ``is_by_window``: the loss is a weighted mean of one loss a window, and none of these reads another window of the user; window-level
+    privacy accepts no other task.
     """
 
     draw: Callable[[NDArray[np.int64], Chance], Views]
     loss: Callable[[UsersModel, Mapping[str, Tensor]], Tensor]
     encoder: Literal["causal", "bidirectional", "any"] = "causal"
+    is_by_window: bool = False

@@ -42,4 +42,4 @@ def masked_item(config: TaskConfig, *, num_items: int) -> Task:
         hidden_UBLD = model.encode(sequences["read"], sequences["target"] > 0)
         return model.softmax_loss(model.personal(hidden_UBLD), sequences["target"])
 
-    return Task(draw, loss, encoder="bidirectional")
+    return Task(draw, loss, encoder="bidirectional", is_by_window=True)

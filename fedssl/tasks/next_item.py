@@ -30,4 +30,4 @@ def next_item(config: TaskConfig, *, num_items: int) -> Task:
     def loss(model: UsersModel, sequences: Mapping[str, Tensor]) -> Tensor:
         return model.softmax_loss(model.personal(model.encode(sequences["read"])), sequences["target"])
 
-    return Task(draw, loss)
+    return Task(draw, loss, is_by_window=True)

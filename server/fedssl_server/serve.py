@@ -56,7 +56,7 @@ def serve(
         raise ConfigError(f"{folder / 'run.toml'}: [privacy] fleet_users is a question for a simulation; these users would get too little noise. Set it to 0")
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)
-    plan = make_plan(config.privacy, config.server, config.counts, num_users)
+    plan = make_plan(config.privacy, config.server, config.counts, num_users, local=config.local)
     central = None if config.privacy.is_local else plan
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
     recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, privacy=told)

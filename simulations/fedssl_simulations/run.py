@@ -129,7 +129,7 @@ def _simulate(
     should_stop: Callable[[], bool],
 ) -> Run:
     histories = dataset.histories
-    plan = make_plan(config.privacy, config.server, config.counts, histories.num_users)
+    plan = make_plan(config.privacy, config.server, config.counts, histories.num_users, local=config.local)
     is_local = config.privacy.is_local
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
     recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told)

@@ -116,9 +116,9 @@ CHANGES = {
     "another kind": "UPDATE uploads SET kind = 'charge' WHERE number = 3",
     "a row taken out": "DELETE FROM uploads WHERE number = 1",
     "a row taken out and the rest renumbered": "DELETE FROM uploads WHERE number = 1; UPDATE uploads SET number = number - 1",
-    "a row said twice": "INSERT INTO uploads SELECT 4, kind, question, run, phase, round, users, cost, chain FROM uploads WHERE number = 1",
+    "a row said twice": "INSERT INTO uploads SELECT 4, kind, question, run, phase, round, users, cost, rate, steps, chain FROM uploads WHERE number = 1",
     "a table gone": "DROP TABLE uploads",
-    "another format": "PRAGMA user_version = 2",
+    "another format": "PRAGMA user_version = 3",
 }
 
 
@@ -133,7 +133,7 @@ def test_a_ledger_that_was_changed_is_refused(change: str, tmp_path: Path):
     file = sqlite3.connect(tmp_path / "uploads.sqlite")
     file.executescript(CHANGES[change])
     file.close()
-    with pytest.raises(DataError, match=r"unknown, so nothing is trained|ledger format 2"):
+    with pytest.raises(DataError, match=r"unknown, so nothing is trained|ledger format 3"):
         opened(tmp_path)
 
 
