@@ -55,10 +55,10 @@ def attack_attributes(runs: Sequence[Path], dataset: Dataset, *, attributes: Seq
         report, checkpoint = _read(folder, dataset)
         if place == 0:
             untrained = Recommender(checkpoint.recipe, first_state(checkpoint.recipe).weights(checkpoint.recipe))
-            rows += _rows("untrained encoder", untrained, dataset, questions, seed)
+            rows += _rows("untrained encoder", untrained, None, dataset, questions, seed)
         model = Recommender(checkpoint.recipe, checkpoint.state.released(checkpoint.recipe))
         name = folder.name
-        rows += _rows(name, model, dataset, questions, seed)
+        rows += _rows(name, model, report["privacy"], dataset, questions, seed)
         promises[name] = report["privacy"]
         notes.append(f"{name}: {statement_line(report['privacy'])}.")
     return Found("attributes", "What a linear probe reads off the frozen encoder", rows, notes, {"confidence": 0.95, "folds": FOLDS, "privacy": promises})
@@ -115,7 +115,9 @@ def logistic_regression(features_ND: Floats, answer_N: Bools, *, penalty: float 
     return weights_D
 
 
-def _rows(model_name: str, model: Recommender, dataset: Dataset, questions: Sequence[Question], seed: int) -> list[dict[str, Figure | float | int | str]]:
+def _rows(
+    model_name: str, model: Recommender, privacy: Mapping[str, Any] | None, dataset: Dataset, questions: Sequence[Question], seed: int
+) -> list[dict[str, Figure | float | int | str]]:
     features_UD = _features(model, dataset)
     rows: list[dict[str, Figure | float | int | str]] = []
     for question in questions:
@@ -125,6 +127,7 @@ def _rows(model_name: str, model: Recommender, dataset: Dataset, questions: Sequ
         rows.append(
             {
                 "model": model_name,
+                "epsilon": f"{privacy['epsilon']:.4g}" if privacy else "none",
                 "question": question.name,
                 "users": len(answer_K),
                 "auc": _area(odds_K, answer_K),
