@@ -52,15 +52,26 @@ def quality(preset: str) -> str:
         else:
             lines.append(line(label, row["test"], row["seconds"]))
     found = {name: results.newest("quality", preset=preset, name=name) for name, _ in QUALITY}
-    central, equal = found["central"], found["federated, equal weights, summed loss"]
+    central, equal, positions = found["central"], found["federated, equal weights, summed loss"], found["federated, weights by positions"]
+    if positions is not None and "counts" in positions["test"].get("parts", {}):
+        lines.append(line("the preset's item-to-item counts alone", positions["test"]["parts"]["counts"], None))
+    said = []
     if central is not None and equal is not None:
-        ratio = equal["test"]["parts"]["encoder"]["unseen"]["ndcg@10"] / central["test"]["unseen"]["ndcg@10"]
-        lines += ["", f"Federated with equal weights (summed loss) reaches {ratio:.3f} of central training (encoder alone, `unseen`)."]
+        said.append(f"{share(equal['test']['parts']['encoder'], central['test'])} of central training (encoder alone)")
+    if positions is not None and equal is not None:
+        alone = share(equal["test"]["parts"]["encoder"], positions["test"]["parts"]["encoder"])
+        said.append(f"{share(equal['test'], positions['test'])} of weights by positions with the counts, {alone} without")
+    if said:
+        lines += ["", f"Federated with equal weights (summed loss) reaches, `all` / `unseen`, {'; '.join(said)}."]
     return "\n".join([*lines, ""])
 
 
-def line(label: str, found: Mapping[str, Any], seconds: float) -> str:
-    return f"| {label} | {found['all']['ndcg@10']:.4f} | {found['unseen']['ndcg@10']:.4f} | {seconds:.0f} |"
+def share(found: Mapping[str, Any], of: Mapping[str, Any]) -> str:
+    return " / ".join(f"{found[which]['ndcg@10'] / of[which]['ndcg@10']:.3f}" for which in ("all", "unseen"))
+
+
+def line(label: str, found: Mapping[str, Any], seconds: float | None) -> str:
+    return f"| {label} | {found['all']['ndcg@10']:.4f} | {found['unseen']['ndcg@10']:.4f} | {'' if seconds is None else f'{seconds:.0f}'} |"
 
 
 def cores(rows: list[tuple[str, dict[str, Any]]]) -> str:
