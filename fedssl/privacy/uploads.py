@@ -22,6 +22,7 @@ import json
 import os
 import sqlite3
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,16 @@ class UploadLedger:
             for user in np.frombuffer(users, dtype="<i8"):
                 found[int(user)] += 1
         return dict(found)
+
+    def check_not_behind(self, uploads: Mapping[int, int]) -> None:
+        """Raises DataError where a user was charged less often than a checkpoint says that they uploaded: rows were lost."""
+        known = self.uploads()
+        for user, count in uploads.items():
+            if known.get(user, 0) < count:
+                raise DataError(
+                    f"{self.path}: {known.get(user, 0)} uploads of user {user}, and the checkpoint knows of {count}; the ledger is behind, "
+                    "and what was spent since is unknown. Put the node's own ledger back, or start a new run"
+                )
 
     def close(self) -> None:
         """Close the file."""

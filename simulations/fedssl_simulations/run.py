@@ -34,7 +34,7 @@ from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.keeper import Keeper
 from fedssl.parts import make_parts
-from fedssl.privacy.keys import Keys, make_keys, read_keys
+from fedssl.privacy.keys import Keys, cohort_of_pass, make_keys, read_keys, users_per_round
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import make_plan
 from fedssl.privacy.uploads import Device, UploadLedger
@@ -160,6 +160,7 @@ def _simulate(
     run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, *((None, None) if is_local else (plan, keys)), ledger)
     if is_local and keys is not None:
         _give_devices(shards, folder / "devices", keys, may_be_new=not state.phase)
+        _check_devices_not_behind(shards, recipe, histories.num_users, state.charged.get("training", 0))
     rounds = {phase.name: phase.rounds for phase in phases}
     keeper = Keeper(folder, Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"]), config.system)
     trained = state.round if state.phase == "training" else 0
@@ -274,6 +275,15 @@ def _give_devices(shards: dict[int, Shard], folder: Path, keys: Keys, *, may_be_
         place = folder / f"node-{index:03d}"
         place.mkdir(parents=True, exist_ok=True)
         shard.device = Device(keys.noise, UploadLedger(place / "uploads.sqlite", keys.noise, may_be_new=may_be_new))
+
+
+def _check_devices_not_behind(shards: dict[int, Shard], recipe: Recipe, num_users: int, rounds: int) -> None:
+    """Every user's uploads in the first ``rounds`` rounds must be in their node's ledger."""
+    uploads_U = np.zeros(num_users, dtype=np.int64)
+    for number in range(1, rounds + 1):
+        uploads_U[cohort_of_pass(recipe.seed, users_per_round(recipe.server.cohort, num_users), num_users, number)] += 1
+    for shard in shards.values():
+        shard.own().ledger.check_not_behind(dict(zip(shard.users.tolist(), uploads_U[shard.users].tolist(), strict=True)))
 
 
 def _take_back_heads(shards: dict[int, Shard], recipe: Recipe, *, after: int, settled: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sqlite3
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -329,14 +330,24 @@ def test_killed_after_any_round_and_resumed_a_run_ends_with_the_bytes_of_one_tha
         assert learned(folder) == learned(whole.folder)
 
 
-def test_with_a_ledger_that_is_gone_nothing_is_trained(tmp_path: Path):
+@pytest.mark.parametrize("damage", ["gone", "behind", "changed"])
+def test_with_a_ledger_that_is_gone_behind_or_changed_nothing_is_trained_and_nothing_charged(damage: str, tmp_path: Path):
     begun = iter([False, False, True])
     play(CONFIG, tmp_path / "run", should_stop=lambda: next(begun))
-    (tmp_path / "run" / "devices" / "node-000" / "uploads.sqlite").unlink()
+    path = tmp_path / "run" / "devices" / "node-000" / "uploads.sqlite"
+    if damage == "gone":
+        path.unlink()
+    else:
+        file = sqlite3.connect(path)
+        file.executescript("DELETE FROM uploads WHERE number > 2" if damage == "behind" else "UPDATE uploads SET cost = 0 WHERE number = 1")
+        file.close()
     before = learned(tmp_path / "run")
-    with pytest.raises(DataError, match="is missing"):
+    with pytest.raises(DataError, match={"gone": "is missing", "behind": "the ledger is behind", "changed": "not what this node wrote"}[damage]):
         simulate(resume=tmp_path / "run", dataset=small_dataset(), keys=KEYS)
     assert learned(tmp_path / "run") == before
+    if damage == "behind":
+        ledger = UploadLedger(path, KEYS.noise, may_be_new=False)
+        assert sum(ledger.uploads().values()) == 10
 
 
 @pytest.mark.parametrize("config", [CONFIG, FULL, small_config(LOCAL, {"privacy": {"noise_multiplier": 0.0, "epsilon": 3.0}})], ids=["plain", "full", "target"])
