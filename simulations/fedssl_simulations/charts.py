@@ -29,7 +29,10 @@ class Dot:
 
 @dataclass(frozen=True)
 class Series:
-    """Numbers to draw: ``xs`` ascending; ``dashed`` sets a second kind of line apart; ``marked`` draws every point."""
+    """Numbers to draw: ``xs`` ascending; ``dashed`` sets a second kind of line apart; ``marked`` draws every point.
+
+    ``low``, ``high``: the ends of a band around ``ys``, as many; empty: none.
+    """
 
     name: str
     colour: int
@@ -37,6 +40,8 @@ class Series:
     ys: Sequence[float]
     dashed: bool = False
     marked: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
 
 
 @dataclass(frozen=True)
@@ -103,20 +108,32 @@ class BarChart:
 
 
 def line_chart(
-    title: str, series: Sequence[Series], *, digits: str = "g", from_zero: bool = False, x_label: str = "round", most_points: int = 120
+    title: str,
+    series: Sequence[Series],
+    *,
+    digits: str = "g",
+    from_zero: bool = False,
+    x_label: str = "round",
+    x_names: Sequence[str] = (),
+    most_points: int = 120,
 ) -> LineChart:
     """A chart of ``series``; at least one of them has a point.
 
     Points beyond ``most_points`` are pooled: the line shows the mean of neighbours, the band their smallest and largest.
-    Values that are not finite are left out. ``digits``: a format of Python's for the words on dots.
+    Values that are not finite are left out. ``digits``: a format of Python's for the words on dots. ``x_names``: where x is 0, 1, 2,
+    ... of things that have names, these.
     """
     width, height, left, right, top, bottom = 560.0, 280.0, 56.0, 544.0, 16.0, 240.0
     finite = [[(x, y) for x, y in zip(one.xs, one.ys, strict=True) if math.isfinite(x) and math.isfinite(y)] for one in series]
-    pooled = [_pool(points, most_points) for points in finite]
+    pooled = [
+        list(zip(one.xs, one.low, one.ys, one.high, strict=True)) if one.low else _pool(points, most_points) for one, points in zip(series, finite, strict=True)
+    ]
     xs = [x for points in pooled for x, _, _, _ in points]
     ys = [y for points in pooled for _, low, _, high in points for y in (low, high)]
     x_low, x_high = min(xs), max(xs)
     x_low = 0.0 if 0 < x_low <= x_high / 10 else x_low
+    if x_names:
+        x_low, x_high = -0.3, len(x_names) - 0.7
     y_ticks = ticks(0.0 if from_zero else min(ys), max(ys), 5)
     y_low, y_high = y_ticks[0], y_ticks[-1]
 
@@ -132,7 +149,7 @@ def line_chart(
             continue
         is_pooled = any(low < high for _, low, _, high in points)
         edge = [(x, high) for x, _, _, high in points] + [(x, low) for x, low, _, _ in reversed(points)]
-        dots = [Dot(across(x), up(y), f"{one.name}, {x_label} {x:g}: {y:{digits}}") for x, _, y, _ in points]
+        dots = [Dot(across(x), up(y), f"{one.name}, {x_label} {x_names[int(x)] if x_names else f'{x:g}'}: {y:{digits}}") for x, _, y, _ in points]
         lines.append(
             Line(
                 name=one.name,
@@ -153,7 +170,8 @@ def line_chart(
         right=right,
         top=top,
         bottom=bottom,
-        x_ticks=[Tick(across(x), f"{x:,g}") for x in ticks(x_low, x_high, 6) if x_low <= x <= x_high],
+        x_ticks=[Tick(across(at), name) for at, name in enumerate(x_names)]
+        or [Tick(across(x), f"{x:,g}") for x in ticks(x_low, x_high, 6) if x_low <= x <= x_high],
         y_ticks=[Tick(up(y), f"{y:.{_decimals(y_ticks)}f}") for y in y_ticks],
         lines=lines,
     )

@@ -91,6 +91,53 @@ def simulate(
 
 
 @cli.command()
+def study(
+    source: Annotated[str, typer.Argument(metavar="STUDY.toml", help="A study, or the name of one that ships")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the study; go on with it by naming it again")] = None,
+    budget: Annotated[float, typer.Option(min=0, metavar="MINUTES", help="Begin nothing that would not end in time; 0: as long as it takes")] = 0,
+    processes: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one a core")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Many runs, resumable, and one page: what privacy costs, what an attacker still learns.
+
+    Example: fedssl study privacy --budget 60 --out studies/privacy
+    """
+    import math
+    import os
+
+    from fedssl.disk import write_whole
+    from fedssl_simulations.study import run_study
+    from fedssl_simulations.study_file import Point, read_study
+    from fedssl_simulations.study_page import as_markdown, cells_of, render_study
+
+    asked = read_study(source)
+    folder = out or Path("studies") / Path(source).stem
+
+    def say(point: Point, news: str) -> None:
+        if not quiet:
+            typer.echo(f"{point.folder}: {news}", err=True)
+
+    with _stop_after_this_round() as should_stop:
+        outcome = run_study(
+            asked,
+            folder,
+            overrides=overrides or (),
+            budget_minutes=budget or math.inf,
+            processes=processes or os.cpu_count() or 1,
+            on_point=say,
+            should_stop=should_stop,
+        )
+    write_whole(folder / "study.html", render_study(asked, outcome))
+    typer.echo(as_markdown(asked, cells_of(asked, outcome)))
+    typer.echo(f"\n{len(outcome.done)} done, {len(outcome.left)} left, {len(outcome.failed)} failed; the page: {folder / 'study.html'}")
+    for point, words in outcome.failed:
+        typer.echo(f"{point.folder} failed: {words}", err=True)
+    if outcome.failed:
+        sys.exit(1)
+
+
+@cli.command()
 def baselines(
     source: Source,
     overrides: Overrides = None,

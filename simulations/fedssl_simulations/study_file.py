@@ -1,0 +1,136 @@
+"""STUDY.toml: which runs a study makes, for each epsilon and seed, and which attacks on them."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ConfigDict, Field, model_validator
+
+from fedssl.config import Settings, check
+from fedssl.errors import ConfigError
+
+
+class Method(Settings):
+    """One way to learn, drawn as one line."""
+
+    name: str = Field(min_length=1, description="What the page calls it")
+    run: str = Field(min_length=1, description="RUN.toml or the name of a preset")
+    set: tuple[str, ...] = Field((), description="Settings that differ, section.key=value")
+    open: tuple[str, ...] = Field((), description="Further settings where epsilon is infinite, such as privacy.epsilon=none")
+
+
+class Attack(Settings):
+    """An attack, and on what: membership on runs of its own; attributes on the study's runs of the first seed."""
+
+    name: Literal["membership", "attributes"]
+    run: str = Field("", description="membership: RUN.toml or a preset")
+    set: tuple[str, ...] = Field((), description="membership: settings that differ")
+    open: tuple[str, ...] = Field((), description="membership: further settings where epsilon is infinite")
+    epsilon: tuple[float, ...] = Field((), description="membership: at which; empty: those of the study")
+    options: tuple[str, ...] = Field((), description="Further words for the command, such as --shadows and 16")
+
+    @model_validator(mode="after")
+    def _has_a_run(self) -> Attack:
+        if self.name == "membership" and not self.run:
+            raise ValueError("membership trains runs of its own; name a run")
+        return self
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class StudyConfig(Settings):
+    """A whole STUDY.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+    title: str = Field(min_length=1, description="Heads the page")
+    set: tuple[str, ...] = Field((), description="Settings of all runs, section.key=value")
+    epsilon: tuple[float, ...] = Field((math.inf, 8.0, 4.0, 2.0, 1.0), min_length=1, description="Privacy budgets; inf: none")
+    seeds: tuple[int, ...] = Field((1, 2, 3), min_length=1, description="Runs of each")
+    metric: str = Field("ndcg@10", description="What is drawn")
+    method: tuple[Method, ...] = Field(min_length=1, description="Ways to learn")
+    attack: tuple[Attack, ...] = Field((), description="Attacks")
+
+    @model_validator(mode="after")
+    def _makes_sense(self) -> StudyConfig:
+        names = [method.name for method in self.method]
+        if len(set(names)) != len(names):
+            raise ValueError(f"methods share a name in {names}; every line of the page needs its own")
+        for epsilon in (*self.epsilon, *(epsilon for attack in self.attack for epsilon in attack.epsilon)):
+            if not epsilon > 0:
+                raise ValueError(f"epsilon = {epsilon:g}; wanted above 0, or inf for no privacy")
+        return self
+
+
+@dataclass(frozen=True)
+class Point:
+    """One thing to do: a command of `fedssl`, in a folder of its own under the study's."""
+
+    what: str
+    method: str
+    epsilon: float
+    seed: int
+    source: str
+    overrides: tuple[str, ...]
+    options: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Where it leaves what it finds, beneath the study's folder."""
+        slug = "".join(letter if letter.isalnum() else "-" for letter in self.method.lower())
+        return f"{'runs' if self.what == 'run' else 'attacks'}/{slug}-epsilon-{self.epsilon:g}-seed-{self.seed}"
+
+
+def read_study(source: str | Path) -> StudyConfig:
+    """A study from a TOML file, or one that ships by its name. Raises ConfigError that says where, what came, what was wanted."""
+    path = Path(source)
+    if path.suffix != ".toml" and not path.is_file():
+        folder = resources.files("fedssl_simulations").joinpath("studies")
+        names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+        if str(source) not in names:
+            raise ConfigError(f"{source}: no study of this name ({', '.join(names)}) and no file; give a STUDY.toml")
+        return _parse(str(source), folder.joinpath(f"{source}.toml").read_text(encoding="utf-8"))
+    try:
+        return _parse(str(path), path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+
+
+def _parse(where: str, text: str) -> StudyConfig:
+    try:
+        values = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where}: not TOML ({error})") from None
+    return check(StudyConfig, values, where=where)
+
+
+def points_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Point]:
+    """What the study does, in the order that a short budget is best spent: all epsilons of the first seed, then attacks, then further seeds.
+
+    ``overrides``: settings of all runs and attacks, over those of the study.
+    """
+
+    def runs(seed: int) -> list[Point]:
+        return [
+            Point("run", method.name, epsilon, seed, method.run, (*study.set, *method.set, *at(epsilon, method.open), *overrides))
+            for epsilon in study.epsilon
+            for method in study.method
+        ]
+
+    attacks = [
+        Point("membership", attack.name, epsilon, study.seeds[0], attack.run, (*attack.set, *at(epsilon, attack.open), *overrides), attack.options)
+        for attack in study.attack
+        if attack.name == "membership"
+        for epsilon in attack.epsilon or study.epsilon
+    ]
+    return [*runs(study.seeds[0]), *attacks, *(point for seed in study.seeds[1:] for point in runs(seed))]
+
+
+def at(epsilon: float, open_settings: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings that make a recipe one of this epsilon."""
+    return open_settings if math.isinf(epsilon) else (f"privacy.epsilon={epsilon:g}",)
