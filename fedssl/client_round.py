@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedssl.chunk_training import Chunk, ChunkJob, MappedJob, begin_chunks, begin_mapped_chunks, cut_chunks, narrow
 from fedssl.counts import sum_transitions
 from fedssl.data.histories import Histories, open_histories, take_users, write_histories
+from fedssl.data.watch import unchanged
 from fedssl.data.windows import Events
 from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
@@ -126,7 +127,7 @@ def client_round(download: Download, shard: Shard) -> Upload:
       - where users add their own noise, each is charged before their data is read; asked again, the same bytes leave.
 
     Raises WireError for a phase nobody knows, users that do not live here, or one that is named twice; BudgetSpent where
-    one of the users would spend more than the recipe promises.
+    one of the users would spend more than the recipe promises; DataError where the store of their histories was changed meanwhile.
     """
     phase = CLIENT_PHASES.get(download.address.phase)
     if phase is None:
@@ -142,7 +143,8 @@ def client_round(download: Download, shard: Shard) -> Upload:
     declared = phase.declared(download, parts)
     if download.recipe.privacy.is_local:
         _charge(download, declared, shard, users)
-    sums = phase.run(download, parts, shard, users)
+    with unchanged(shard.events):
+        sums = phase.run(download, parts, shard, users)
     check_manifest(sums, declared, most_users=max(len(users), 1))
     upload = Upload(address=download.address, recipe=download.recipe.hash, sums=sums)
     return _kept(download, shard, upload) if download.recipe.privacy.is_local else upload

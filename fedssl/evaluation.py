@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedssl.data.histories import Histories
+from fedssl.data.watch import unchanged
 from fedssl.errors import DataError
 
 Split = Literal["validation", "test"]
@@ -161,7 +162,7 @@ def evaluate(
       - users of a block have histories of nearly the same length, so that a scorer pads little;
       - the block size and the order of ``users`` change nothing beyond the scorer's own rounding.
 
-    The scorer runs without gradients. Raises DataError where nobody can be tested.
+    The scorer runs without gradients. Raises DataError where nobody can be tested, and where the histories' store was changed meanwhile.
     """
     places = histories.target_places(split)
     tested = places >= 0
@@ -176,7 +177,7 @@ def evaluate(
     of_all: dict[str, Floats] = {}
     of_unseen: dict[str, Floats] = {}
     order = np.argsort(ends - starts, kind="stable")
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(histories):
         for at in range(0, len(order), block):
             here = order[at : at + block]
             past = [np.asarray(histories.items[starts[user] : ends[user]]) for user in here]

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from fedssl.disk import writing
 from fedssl.errors import FedSSLError
 
 Task = TypeVar("Task")
@@ -115,7 +116,8 @@ class Workers:
         Under the same name the same file is written again, so nobody may be reading it: call it between runs.
         """
         if self._open.folder is None:
-            self._open.folder = tempfile.TemporaryDirectory(prefix="fedssl-workers-")
+            with writing(Path(tempfile.gettempdir())):
+                self._open.folder = tempfile.TemporaryDirectory(prefix="fedssl-workers-")
         path = Path(self._open.folder.name) / name
         found, loose, end = {}, {}, 0
         for key, array in arrays.items():
@@ -126,7 +128,7 @@ class Workers:
                 found[key] = MappedArray(str(path), array.dtype.str, array.shape, end)
                 loose[key] = np.ascontiguousarray(array)
                 end += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
-        with path.open("r+b" if path.exists() else "w+b") as file:
+        with writing(path), path.open("r+b" if path.exists() else "w+b") as file:
             for key, array in loose.items():
                 file.seek(found[key].offset)
                 file.write(array.data)

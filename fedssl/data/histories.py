@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from fedssl.catalogue import Catalogue
 from fedssl.data.interactions import Interactions
+from fedssl.data.watch import Mark, marks_of
 from fedssl.errors import CatalogueMismatch, DataError
 
 STORE_FORMAT = 2
@@ -52,6 +53,7 @@ class Histories:
 
     Shapes: items (events,), catalogue rows from 1; cuts (U + 1,), from 0 to events; times (events,) or None; names (U,), user tokens.
     ``held_from``: None for leave-one-out (last event test, the one before validation), else a global split by time, which needs times.
+    ``marks``: of a store, its files as they were when it was opened.
     """
 
     items: NDArray[np.int32]
@@ -59,6 +61,7 @@ class Histories:
     times: NDArray[np.float64] | None
     names: Sequence[str]
     held_from: HeldFrom | None = None
+    marks: tuple[Mark, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.held_from is None or self.times is not None
@@ -284,6 +287,7 @@ def open_histories(folder: Path, *, verify: Literal["sample", "whole"] = "sample
     Raises DataError for a folder that is no store, was written by a newer fedssl, is cut short, or holds other bytes than were written.
     """
     about = read_about(folder, "histories.json", STORE_FORMAT)
+    marks = marks_of(folder / f"{name}.npy" for name in _COLUMNS)
     names, name_cuts = _map(folder, "names"), _map(folder, "name_cuts")
     items, cuts = _map(folder, "items"), _map(folder, "cuts")
     times = _map(folder, "times") if about.get("times") else None
@@ -291,7 +295,7 @@ def open_histories(folder: Path, *, verify: Literal["sample", "whole"] = "sample
     _check_cuts(name_cuts, len(names), folder / "name_cuts.npy")
     if len(name_cuts) != len(cuts) or (times is not None and len(times) != len(items)):
         raise DataError(f"{folder}: columns of different lengths; the store is damaged, make it again with `fedssl data convert`")
-    histories = Histories(items, cuts, times, StoredNames(names, name_cuts), _held_from(about, times is not None, folder))
+    histories = Histories(items, cuts, times, StoredNames(names, name_cuts), _held_from(about, times is not None, folder), marks)
     differs = "sample" in about and about["sample"] != _sample(folder, times is not None)
     if differs or ((verify == "whole" or "sample" not in about) and histories.fingerprint_of_events != about.get("fingerprint")):
         raise DataError(f"{folder}: the bytes are not those that were written (fingerprint differs); make it again with `fedssl data convert`")

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedssl import wire
 from fedssl.errors import ConfigError, FedSSLError, RunFolderError, WireError
 from fedssl.recipe import RECIPE_FORMAT
+from fedssl.run_lock import held
 
 app = ServerApp()
 
@@ -36,7 +37,8 @@ def main(grid: Grid, context: Context) -> None:
         # Torch is paid for only now.
         from fedssl_server.serve import serve
 
-        serve(grid, {node: hello.users for node, hello in nodes.items()}, folder, deadline_seconds=deadline)
+        with held(folder):
+            serve(grid, {node: hello.users for node, hello in nodes.items()}, folder, deadline_seconds=deadline)
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise

@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 the user must act (one line on stderr), 2 wrong usage, 130
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedssl.disk import writing
 from fedssl.errors import FedSSLError
+from fedssl_simulations.bus_error import say_bus_errors
 
 if TYPE_CHECKING:
     from fedssl.config import DataConfig
@@ -43,10 +47,18 @@ SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Count line
 
 def main() -> None:
     """The door: errors that a person must act on become one line and exit code 1."""
+    say_bus_errors()
     try:
         cli(standalone_mode=False)
+        sys.stdout.flush()
     except FedSSLError as error:
         _fail(f"error: {error}", 1)
+    except OSError as error:
+        # All files that are kept say where they could not be written: what has no name is the standard output.
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is left of it would fail again at the end.
+        _fail(f"error: standard output: cannot be written ({error.strerror}); send it elsewhere. What the command itself wrote is whole", 1)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -152,7 +164,7 @@ def baselines(
     Example: fedssl baselines ml-1m --only popularity --only markov
     """
     from fedssl.data.dataset import load_dataset
-    from fedssl.disk import write_whole, writing
+    from fedssl.disk import write_whole
     from fedssl_simulations.baselines import NAMES, run_baselines
     from fedssl_simulations.run_files import read_run
 
@@ -323,14 +335,17 @@ def synthesize(
     """
     from fedssl.data.readers import write_inter, write_lines
     from fedssl.data.synthetic import synthesize_blocks
+    from fedssl.disk import whole_file
 
     if out.exists():
         raise typer.BadParameter(f"{out} exists; choose another name")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
     written = 0
-    for block in synthesize_blocks(users, items, seed, mean_events=events):
-        (write_inter if ".inter" in out.suffixes else write_lines)(block, out, append=written > 0)
-        written += block.num_events
+    with whole_file(out) as beside:
+        for block in synthesize_blocks(users, items, seed, mean_events=events):
+            (write_inter if ".inter" in out.suffixes else write_lines)(block, beside, append=written > 0)
+            written += block.num_events
     typer.echo(f"{out}: {users:,} users, {items:,} items, {written:,} events")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 
 from fedssl import __version__
+from fedssl.disk import write_whole
 from fedssl.errors import RunFolderError
 from fedssl_simulations.charts import BarChart, LineChart, Series, bar_chart, line_chart
 from fedssl_simulations.promise import Promise, promise
@@ -66,13 +67,10 @@ def write_report(run_dirs: Sequence[Path], out: Path, *, public: bool = False) -
     """Write the page of one run, or of several side by side, to ``out``.
 
     ``public`` leaves out all that stands under `researcher_only`. Raises RunFolderError for a folder that holds no run, for
-    files in it that cannot be read, and where ``out`` cannot be written.
+    files in it that cannot be read; DiskError where ``out`` cannot be written.
     """
     page = render_report(run_dirs, public=public)
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise RunFolderError(f"{out}: the report cannot be written ({error}); name a file in a folder that exists") from None
+    write_whole(out, page)
 
 
 def render_report(run_dirs: Sequence[Path], *, public: bool = False) -> str:

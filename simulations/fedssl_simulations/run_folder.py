@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from fedssl.errors import RunFolderError
+from fedssl.run_lock import held
 
 
 @contextmanager
@@ -23,15 +23,9 @@ def claim(folder: Path, *, resume: bool) -> Iterator[Path]:
         if not resume and folder.exists() and (not folder.is_dir() or any(not _is_left_over(entry) for entry in folder.iterdir())):
             raise RunFolderError(f"{folder}: not empty; resume that run with --resume {folder}, or choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "run.lock").open("w")
     except OSError as error:
-        what = "make it writable, or resume a copy of it" if resume else "choose another --out"
-        raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); {what}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunFolderError(f"{folder}: another process is running in it; wait for it, or choose another --out") from None
+        raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); make it writable, or choose another folder") from None
+    with held(folder):
         for left_over in folder.glob(".*.partial"):
             left_over.unlink(missing_ok=True)
         yield folder
