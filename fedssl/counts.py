@@ -16,6 +16,7 @@ from fedssl.config import CountsConfig
 from fedssl.data.windows import Events
 from fedssl.privacy.grid import CLIP_MARGIN, LARGEST_COORDINATE
 from fedssl.records import SparseSum
+from fedssl.sparse_total import from_keys, sum_by_key
 
 USERS_AT_ONCE = 512
 CELLS_AT_ONCE = 1 << 22
@@ -53,20 +54,9 @@ def sum_transitions(events: Events, places_U: NDArray[np.int64], config: CountsC
         values.append(value)
         broken.append(is_broken)
         if sum(map(len, keys)) > max(CELLS_AT_ONCE, 2 * len(keys[0])):
-            key, value = _summed(keys, values)
+            key, value = sum_by_key(keys, values)
             keys, values = [key], [value]
-    key, total = _summed(keys, values)
-    rows, columns = np.divmod(key, stride)
-    sparse = SparseSum(rows.astype(np.int32), columns.astype(np.int32), total, (stride, stride))
-    return sparse, np.concatenate(broken or [np.zeros(0, bool)])
-
-
-def _summed(keys: list[NDArray[np.int64]], values: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Distinct keys, sorted, and the sum of the values of each."""
-    key, inverse = np.unique(np.concatenate(keys or [np.zeros(0, np.int64)]), return_inverse=True)
-    total = np.zeros(len(key), dtype=np.int64)
-    np.add.at(total, inverse, np.concatenate(values or [np.zeros(0, np.int64)]))
-    return key, total
+    return from_keys(*sum_by_key(keys, values), (stride, stride)), np.concatenate(broken or [np.zeros(0, bool)])
 
 
 def _transitions(

@@ -24,6 +24,7 @@ from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
 from fedssl.records import Ints, SparseSum, Upload
 from fedssl.server_optimizers import Memory, average_late, learning_rate
+from fedssl.sparse_total import SparseTotal
 from fedssl.weights import ITEMS, Weights, flatten, to_numpy, unflatten
 
 ROWS_AT_ONCE = 64
@@ -84,6 +85,8 @@ class Release:
         )
 
 
+Sums = dict[str, "NDArray[np.int64] | SparseTotal"]
+"""Sums that uploads are still added to."""
 Totals = dict[str, "NDArray[np.int64] | SparseSum"]
 
 
@@ -143,28 +146,26 @@ def _no_middle(state: State, totals: Totals, exchange: int) -> dict[str, NDArray
     raise AssertionError("a phase of one exchange has no middle")
 
 
-def add(totals: Totals, upload: Upload) -> None:
-    """Add an admitted upload to the totals, in place. Exact: any order gives the same bytes."""
+def add(sums: Sums, upload: Upload) -> None:
+    """Add an admitted upload, in place. Exact: any order gives the same bytes."""
     for name, value in upload.sums.items():
-        known = totals.get(name)
+        known = sums.get(name)
         if isinstance(value, SparseSum):
-            assert known is None or isinstance(known, SparseSum)
-            totals[name] = value if known is None else _add_sparse(known, value)
+            if known is None:
+                sums[name] = SparseTotal(value)
+            else:
+                assert isinstance(known, SparseTotal)
+                known.add(value)
         elif known is None:
-            totals[name] = value.astype(np.int64)
+            sums[name] = value.astype(np.int64)
         else:
             assert isinstance(known, np.ndarray)
             known += value
 
 
-def _add_sparse(left: SparseSum, right: SparseSum) -> SparseSum:
-    stride = left.shape[1]
-    key = np.concatenate([part.rows.astype(np.int64) * stride + part.columns for part in (left, right)])
-    cells, inverse = np.unique(key, return_inverse=True)
-    total = np.zeros(len(cells), dtype=np.int64)
-    np.add.at(total, inverse, np.concatenate([left.values, right.values]))
-    rows, columns = np.divmod(cells, stride)
-    return SparseSum(rows.astype(np.int32), columns.astype(np.int32), total, left.shape)
+def totals_of(sums: Sums) -> Totals:
+    """What was added, once all of it was."""
+    return {name: value.sum() if isinstance(value, SparseTotal) else value for name, value in sums.items()}
 
 
 def finish_training(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:

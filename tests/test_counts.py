@@ -16,7 +16,7 @@ from fedssl.counts import Counts, CountsScorer, from_cells, keep_top, sum_transi
 from fedssl.privacy.grid import grid_step
 from fedssl.privacy.manifest import COUNTS_STEP, squared_norm
 from fedssl.records import Address, SparseSum, Upload
-from fedssl.server_round import Totals, add
+from fedssl.server_round import Sums, add, totals_of
 
 ITEMS = 5
 # Few items, so that pairs repeat; from no event to far more than the lags.
@@ -109,11 +109,11 @@ def test_the_split_over_nodes_changes_no_number(rows: list[list[int]], seed: int
     config, step = CountsConfig(lags=3, decay=0.8, clip_norm=clip), COUNTS_STEP if clip is None else grid_step(clip)
     whole = summed(rows, config, step=step)
     order = np.random.default_rng(seed).permutation(len(rows))
-    totals: Totals = {}
+    sums: Sums = {}
     for users in np.array_split(order, 3):
         part = summed(rows, config, step=step, places=np.sort(users).tolist())
-        add(totals, Upload(Address("run", "counts", 1), "recipe", {"counts": part}))
-    total = totals["counts"]
+        add(sums, Upload(Address("run", "counts", 1), "recipe", {"counts": part}))
+    total = totals_of(sums)["counts"]
     assert isinstance(total, SparseSum)
     for name in ("rows", "columns", "values"):
         assert np.array_equal(getattr(total, name), getattr(whole, name))

@@ -24,7 +24,7 @@ from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP
 from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
 from fedssl.records import Address, Download, Upload
-from fedssl.server_round import Release, ServerPhase, State, Totals, add, phases_of
+from fedssl.server_round import Release, ServerPhase, State, Sums, Totals, add, phases_of, totals_of
 from fedssl_server.admission import admit
 
 REPLIES_AT_ONCE = 4
@@ -186,7 +186,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         if exchange:
             tensors = phase.middle(state, totals, exchange - 1)
         address = replace(address, exchange=exchange)
-        totals = {}
+        sums: Sums = {}
         content = wire.to_record_dict(Download(address, run.recipe, tensors, None, settled, state.clip_norm))
         declared = phase.declared(state, exchange)
         messages, asked = [], {}
@@ -209,10 +209,11 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
                 refused[node] = str(error)
                 continue
             up += _bytes_of(upload)
-            add(totals, upload)
+            add(sums, upload)
         for node in asked:
             if node not in refused:
                 refused[node] = "not reached, or no answer before the deadline"
+        totals = totals_of(sums)
         if chosen and not totals:
             node, why = next(iter(refused.items()))
             raise AllUploadsRefused(
