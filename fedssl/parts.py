@@ -1,11 +1,10 @@
-"""From a recipe's words to the parts they name: the only place with look-ups by name."""
+"""From a recipe's words to the parts they name."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +16,7 @@ from fedssl.encoders.gru4rec import gru4rec
 from fedssl.encoders.hgrn import hgrn
 from fedssl.encoders.sasrec import sasrec
 from fedssl.errors import ConfigError
+from fedssl.names import find
 from fedssl.recipe import Recipe
 from fedssl.server_optimizers import ServerOptimizer, adagrad, adam, adamw, sgd, yogi
 from fedssl.tasks import Task
@@ -93,16 +93,3 @@ def initial_weights(recipe: Recipe) -> Weights:
 def foreign_names(recipe: Recipe) -> list[str]:
     """Parts of a recipe that do not ship but are named as ``package.module:name``."""
     return [name for name in (recipe.encoder.name, *(task.name for task in recipe.task), recipe.server.optimizer) if ":" in name]
-
-
-def find(known: Mapping[str, Any], name: str, *, what: str) -> Any:
-    """A part by its name, or by ``package.module:name``. Raises ConfigError that lists what there is."""
-    if name in known:
-        return known[name]
-    if ":" in name:
-        module, _, attribute = name.partition(":")
-        try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"{what} '{name}' cannot be loaded ({error}); write package.module:name of something that can be imported") from None
-    raise ConfigError(f"there is no {what} '{name}'; there is {', '.join(sorted(known))}, or package.module:name of your own")

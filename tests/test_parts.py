@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedssl.config import RunConfig, TaskConfig
+from fedssl.config import RunConfig
 from fedssl.errors import ConfigError
-from fedssl.parts import TASKS, find, initial_weights, make_parts, make_task
+from fedssl.parts import initial_weights, make_parts
 from fedssl.recipe import Recipe, make_recipe
-from fedssl.tasks.next_item import next_item
 from fedssl.weights import ITEMS
 
 
@@ -90,10 +89,3 @@ def test_a_task_that_cannot_train_the_encoder_is_refused_with_what_to_use(encode
     suitable = "masked-item" if encoder == "bert4rec" else "next-item"
     parts = make_parts(recipe(encoder={"name": encoder, **widths}, task=[{"name": task, "weight": 0.0}, {"name": suitable}, {"name": "contrastive"}]))
     assert len(parts.tasks) == 2
-
-
-def test_a_part_of_ones_own_is_found_by_package_and_name():
-    assert find(TASKS, "fedssl.tasks.next_item:next_item", what="task") is next_item
-    assert find(TASKS, "next-item", what="task") is next_item
-    task = make_task(TaskConfig(name="fedssl.tasks.next_item:next_item", negatives=3), num_items=9)
-    assert callable(task.draw) and callable(task.loss)

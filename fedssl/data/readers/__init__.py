@@ -5,7 +5,6 @@ A format of one's own is a function from a path to `Interactions`, given by obje
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +24,7 @@ from fedssl.data.readers.parquet import MAGIC, read_parquet
 from fedssl.data.readers.text import first_block
 from fedssl.data.readers.users import read_users
 from fedssl.errors import ConfigError, DataError
+from fedssl.names import find
 
 __all__ = [
     "FORMATS",
@@ -127,18 +127,8 @@ def find_format(path: Path, columns: Sequence[str] = ()) -> str:
 
 def find_reader(name: str) -> Format | Reader:
     """The format or reader called ``name``: one of FORMATS, or `package.module:name`. Raises ConfigError for anything else."""
-    if name in FORMATS:
-        return FORMATS[name]
-    module_name, colon, attribute = name.partition(":")
-    if not (colon and module_name and attribute):
-        raise ConfigError(f"[data] format {name!r} is unknown; known: auto, {', '.join(FORMATS)}, or package.module:name")
-    try:
-        reader = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"[data] format {name!r} cannot be loaded ({error}); is its package installed?") from None
-    if not callable(reader):
-        raise ConfigError(f"[data] format {name!r} is not a function; wanted one from a path to Interactions")
-    return reader  # type: ignore[no-any-return]
+    reader: Format | Reader = find(FORMATS, name, what="[data] format")
+    return reader
 
 
 def _open(path: str | Path, format: str | Reader, columns: Sequence[str], skip_bad_lines: bool) -> tuple[Path, Format | Reader]:

@@ -153,10 +153,10 @@ def test_a_format_of_ones_own_is_a_function_by_object_or_by_name(tmp_path, monke
     path = write(tmp_path, "a,x b,y")
     assert events(read_interactions(path, read_pairs)) == events(read_interactions(path, "my_formats:read_pairs")) == [("a", "x", None), ("b", "y", None)]
     for name, says in {
-        "xlsx": "unknown; known: auto, inter, lines",
+        "xlsx": r"there is no \[data\] format 'xlsx'; there is csv, inter, jsonl, lines",
         "my_formats:absent": "cannot be loaded",
         "no_such_module:read": "cannot be loaded",
-        ":read": "unknown",
+        ":read": "cannot be loaded",
         "my_formats:number": "not a function",
         "my_formats:broken": "returned NoneType",
     }.items():
