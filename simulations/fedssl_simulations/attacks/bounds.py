@@ -6,8 +6,9 @@ import math
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from scipy.stats import beta, norm
+
+from fedssl.privacy.accounting import gaussian_epsilon
 
 
 def at_least(hits: int, trials: int, confidence: float) -> float:
@@ -20,23 +21,6 @@ def at_most(hits: int, trials: int, confidence: float) -> float:
     return float(beta.ppf(confidence, hits + 1, trials - hits)) if hits < trials else 1.0
 
 
-def epsilon_of_gaussian(mu: float, delta: float) -> float:
-    """Epsilon at ``delta`` of one Gaussian release whose two means are ``mu`` deviations apart, exactly.
-
-    Source: Balle and Wang 2018, https://arxiv.org/abs/1805.06530, theorem 8.
-    """
-
-    def excess(epsilon: float) -> float:
-        return float(norm.cdf(mu / 2 - epsilon / mu) - math.exp(epsilon + norm.logcdf(-mu / 2 - epsilon / mu))) - delta
-
-    if mu <= 0 or excess(0.0) <= 0:
-        return 0.0
-    top = 1.0
-    while excess(top) > 0:
-        top *= 2
-    return float(brentq(excess, 0.0, top, xtol=1e-10))
-
-
 def gaussian_epsilon_at_least(named_in: int, members: int, named_out: int, others: int, *, delta: float, confidence: float) -> float:
     """A lower bound of epsilon, were the releases one Gaussian: no other Gaussian names so many members and so few others.
 
@@ -45,7 +29,7 @@ def gaussian_epsilon_at_least(named_in: int, members: int, named_out: int, other
     """
     each = 1 - (1 - confidence) / 2
     hit, alarm = at_least(named_in, members, each), at_most(named_out, others, each)
-    return epsilon_of_gaussian(float(norm.ppf(hit) - norm.ppf(alarm)), delta) if hit > 0 and alarm < 1 else 0.0
+    return gaussian_epsilon(float(1 / (norm.ppf(hit) - norm.ppf(alarm))), 1, delta) if hit > alarm else 0.0
 
 
 def epsilon_at_least(named_in: int, members: int, named_out: int, others: int, *, delta: float, confidence: float) -> float:

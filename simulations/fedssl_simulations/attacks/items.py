@@ -23,13 +23,14 @@ from fedssl.data.dataset import Dataset
 from fedssl.errors import CatalogueMismatch, ConfigError
 from fedssl.evaluation import training_counts
 from fedssl.parts import make_parts
+from fedssl.privacy.accounting import gaussian_epsilon
 from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan, make_plan
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.records import Address, Download
 from fedssl.server_round import State, first_state
 from fedssl.weights import ITEMS, to_numpy
-from fedssl_simulations.attacks.bounds import bootstrap, epsilon_of_gaussian
+from fedssl_simulations.attacks.bounds import bootstrap
 from fedssl_simulations.attacks.result import Figure, Found, statement_line
 
 Rows = NDArray[np.float64]
@@ -194,7 +195,7 @@ def _statement(plan: Plan, z: float, rounds: int) -> dict[str, Any]:
         "sampling": {"training": "every user"},
         "accountant": "exact, one Gaussian (Balle and Wang 2018)",
         "delta": plan.delta,
-        "epsilon": epsilon_of_gaussian(rounds**0.5 / z, plan.delta),
+        "epsilon": gaussian_epsilon(z, rounds, plan.delta),
     }
 
 

@@ -6,13 +6,11 @@ import math
 
 import numpy as np
 import pytest
-from fedssl_simulations.attacks.bounds import at_least, at_most, bootstrap, epsilon_at_least, epsilon_of_gaussian, gaussian_epsilon_at_least
+from fedssl_simulations.attacks.bounds import at_least, at_most, bootstrap, epsilon_at_least, gaussian_epsilon_at_least
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles.gaussian_privacy import gaussian_epsilon
-from scipy.stats import binomtest
-
-from fedssl.privacy.accounting import epsilon
+from scipy.stats import binomtest, norm
 
 
 @given(st.integers(0, 50), st.integers(0, 50))
@@ -31,15 +29,10 @@ def test_no_hit_and_only_hits_have_a_bound_by_hand():
     assert at_most(10, 10, 0.95) == 1.0
 
 
-@pytest.mark.parametrize("z", [0.3, 1.0, 3.0, 20.0])
-def test_epsilon_of_a_gaussian_is_that_of_the_accountant(z: float):
-    exact = epsilon_of_gaussian(1 / z, 1e-5)
-    assert exact == pytest.approx(gaussian_epsilon(z, 1, 1e-5), abs=1e-6)
-    assert exact <= epsilon([(1.0, z, 1)], 1e-5) <= exact + 1e-3
-
-
-def test_means_that_are_not_apart_cost_nothing():
-    assert epsilon_of_gaussian(0.0, 1e-5) == epsilon_of_gaussian(-1.0, 1e-5) == 0.0
+def test_the_gaussian_bound_is_epsilon_of_the_bounded_rates_distance():
+    hit, alarm = at_least(700, 1000, 0.9995), at_most(300, 1000, 0.9995)
+    z = 1 / (norm.ppf(hit) - norm.ppf(alarm))
+    assert gaussian_epsilon_at_least(700, 1000, 300, 1000, delta=1e-5, confidence=0.999) == pytest.approx(gaussian_epsilon(z, 1, 1e-5), abs=1e-6)
 
 
 def test_an_attacker_who_guesses_proves_nothing():
@@ -54,7 +47,7 @@ def test_the_general_bound_is_the_ratio_of_the_bounded_rates():
 
 
 def test_bounds_of_gaussian_attacks_stay_below_the_truth_as_often_as_they_say():
-    rng, truth = np.random.default_rng(0), epsilon_of_gaussian(1.0, 1e-5)
+    rng, truth = np.random.default_rng(0), gaussian_epsilon(1.0, 1, 1e-5)
     above = 0
     for _ in range(400):
         named_in, named_out = int((rng.normal(1, 1, 500) > 0.5).sum()), int((rng.normal(0, 1, 500) > 0.5).sum())
