@@ -37,6 +37,8 @@ from fedssl.recipe import Recipe, make_recipe
 from fedssl.server_round import first_state
 
 COHORT, NEGATIVES, WINDOW, LR, BATCH = 512, 256, 50, 0.1, 64
+OF_THE_FLOOR = {1: 0.60, 3: 0.55}
+"""What is wanted, by local steps."""
 
 
 def job(steps: int) -> RunConfig:
@@ -204,7 +206,7 @@ def main() -> None:
         print(f"{steps} local step{'s' * (steps > 1)}, cohort {COHORT}, one thread")
         for name, value in row["ms_a_user"].items():
             print(f"  {name:26s} {value:7.3f} ms a user {row['users_per_second'][name]:8.0f} users a second")
-        print(f"  of the floor: {row['of_the_floor']:.2f} (wanted 0.50)   times the loop: {row['times_the_loop']:.2f} (wanted 2.0)")
+        print(f"  of the floor: {row['of_the_floor']:.2f} (wanted {OF_THE_FLOOR[steps]:.2f})   times the loop: {row['times_the_loop']:.2f} (wanted 2.0)")
         print(f"  outside client_round: {row['outside_client_round']:.1%} of the round (wanted under 5 %)", flush=True)
         if not arguments.dry:
             results.append("throughput", {**row, "settings": results.settings_hash(job(steps).model_dump(mode="json"))})
