@@ -14,6 +14,7 @@ import tomli_w
 from fedssl.config import RunConfig, check
 from fedssl.disk import write_whole
 from fedssl.errors import ConfigError
+from fedssl_simulations.merge import merged
 
 
 def presets() -> dict[str, str]:
@@ -40,7 +41,7 @@ def read_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         where, values = _read(source)
     is_whole = values.pop("about", None) is not None
     if isinstance(values.get("preset"), str) and values["preset"] and not is_whole:
-        values = _merge(_preset(values["preset"], where), values)
+        values = merged(_preset(values["preset"], where), values)
     for text in overrides:
         _override(values, text)
     if seed is not None:
@@ -87,15 +88,6 @@ def _preset(name: str, where: str) -> dict[str, Any]:
     if not file.is_file():
         raise ConfigError(f"{where}: there is no preset or file '{name}'; presets: {', '.join(presets())}")
     return tomllib.loads(file.read_text(encoding="utf-8"))
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """``above`` wins, section by section; lists are replaced whole."""
-    merged = dict(below)
-    for name, value in above.items():
-        known = merged.get(name)
-        merged[name] = _merge(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
-    return merged
 
 
 def _override(values: dict[str, Any], text: str) -> None:

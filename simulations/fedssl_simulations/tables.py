@@ -10,6 +10,8 @@ from typing import Any, Literal
 from rich.markup import escape
 from rich.table import Table
 
+from fedssl_simulations.merge import merged
+
 Kind = Literal["baseline", "part", "federated"]
 
 _LABELS = {
@@ -41,7 +43,7 @@ def opened(value: Any, *, public: bool) -> Any:
     if isinstance(value, Mapping):
         released = {name: opened(part, public=public) for name, part in value.items() if name != "researcher_only"}
         kept = value.get("researcher_only")
-        return released if public or not isinstance(kept, Mapping) else _merged(opened(kept, public=False), released)
+        return released if public or not isinstance(kept, Mapping) else merged(opened(kept, public=False), released)
     if isinstance(value, list):
         return [opened(part, public=public) for part in value]
     return value
@@ -111,11 +113,3 @@ def _row(name: str, kind: Kind, values: Mapping[str, Any]) -> Recommender:
         return {metric: float(value) for metric, value in (values.get(part) or {}).items() if isinstance(value, int | float) and value == value}
 
     return Recommender(name, kind, clean("all"), clean("unseen"))
-
-
-def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    result = dict(under)
-    for name, value in over.items():
-        beneath = result.get(name)
-        result[name] = _merged(beneath, value) if isinstance(value, Mapping) and isinstance(beneath, Mapping) else value
-    return result

@@ -10,22 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triples import coded
 
 from fedssl.catalogue import Catalogue
 from fedssl.data.histories import Histories, make_histories, open_histories, shuffled_in_time, take_users, write_histories
-from fedssl.data.interactions import Interactions
 from fedssl.errors import CatalogueMismatch, DataError
-
-
-def interactions(triples: list[tuple[str, str, float]], with_times: bool = True) -> Interactions:
-    users, items = (tuple(dict.fromkeys(triple[side] for triple in triples)) for side in (0, 1))
-    return Interactions(
-        users=np.array([users.index(user) for user, _, _ in triples], dtype=np.int64),
-        items=np.array([items.index(item) for _, item, _ in triples], dtype=np.int64),
-        times=np.array([time for _, _, time in triples]) if with_times else None,
-        user_tokens=users,
-        item_tokens=items,
-    )
 
 
 def small() -> Histories:
@@ -39,7 +28,7 @@ def small() -> Histories:
 
 
 def test_users_stand_in_order_of_their_tokens_as_text_and_rows_in_order_of_first_appearance():
-    histories, catalogue = make_histories(interactions([("9", "p", 3), ("10", "q", 2), ("9", "r", 1), ("10", "p", 1)]))
+    histories, catalogue = make_histories(coded([("9", "p", 3), ("10", "q", 2), ("9", "r", 1), ("10", "p", 1)]))
     assert list(histories.names) == ["10", "9"]
     # User 10: p, q by time; user 9: r, p.
     assert catalogue.tokens == ("p", "q", "r")
@@ -52,15 +41,15 @@ def test_users_stand_in_order_of_their_tokens_as_text_and_rows_in_order_of_first
 
 def test_equal_times_and_no_times_keep_the_order_of_the_file():
     triples = [("u", "c", 5.0), ("v", "a", 5.0), ("u", "a", 5.0), ("u", "b", 5.0), ("u", "z", 1.0)]
-    histories, catalogue = make_histories(interactions(triples))
+    histories, catalogue = make_histories(coded(triples))
     assert [catalogue.tokens[row - 1] for row in histories.of(0)] == ["z", "c", "a", "b"]
-    histories, catalogue = make_histories(interactions(triples, with_times=False))
+    histories, catalogue = make_histories(coded(triples, with_times=False))
     assert [catalogue.tokens[row - 1] for row in histories.of(0)] == ["c", "a", "b", "z"]
     assert histories.times is None
 
 
 def test_repeated_items_stay():
-    histories, _ = make_histories(interactions([("u", "a", 1), ("u", "b", 2), ("u", "a", 3), ("u", "a", 4)]))
+    histories, _ = make_histories(coded([("u", "a", 1), ("u", "b", 2), ("u", "a", 3), ("u", "a", 4)]))
     assert histories.of(0).tolist() == [1, 2, 1, 1]
 
 
@@ -70,7 +59,7 @@ events = st.lists(st.tuples(st.sampled_from(["1", "10", "2", "b", "B", "ä"]), s
 @settings(max_examples=100, deadline=None)
 @given(events)
 def test_histories_are_those_of_a_slow_obvious_sort(triples):
-    histories, catalogue = make_histories(interactions(triples))
+    histories, catalogue = make_histories(coded(triples))
     # Python's sort is stable, so file order settles equal times.
     ordered = sorted(triples, key=lambda triple: (triple[0], triple[2]))
     assert [catalogue.tokens[row - 1] for row in histories.items] == [item for _, item, _ in ordered]
@@ -83,19 +72,19 @@ def test_histories_are_those_of_a_slow_obvious_sort(triples):
 def test_the_order_of_the_file_changes_nothing_where_times_differ(pairs, chance):
     triples = [(user, item, float(time)) for time, (user, item) in enumerate(pairs)]
     shuffled = chance.sample(triples, len(triples))
-    assert make_histories(interactions(triples))[0].fingerprint == make_histories(interactions(shuffled))[0].fingerprint
+    assert make_histories(coded(triples))[0].fingerprint == make_histories(coded(shuffled))[0].fingerprint
 
 
 def test_a_given_catalogue_fixes_the_rows_and_may_list_more_than_occurs():
     public = Catalogue(("z", "b", "a"), titles={"a": "A"})
-    histories, catalogue = make_histories(interactions([("u", "a", 1), ("u", "b", 2)]), public)
+    histories, catalogue = make_histories(coded([("u", "a", 1), ("u", "b", 2)]), public)
     assert catalogue is public
     assert histories.items.tolist() == [3, 2]
 
 
 def test_an_item_outside_a_given_catalogue_is_an_error_that_names_it():
     with pytest.raises(CatalogueMismatch, match=r"item 'lamp' \(and 0 more\).*catalogue of 1 items"):
-        make_histories(interactions([("u", "tent", 1), ("u", "lamp", 2)]), Catalogue(("tent",)))
+        make_histories(coded([("u", "tent", 1), ("u", "lamp", 2)]), Catalogue(("tent",)))
 
 
 def test_the_last_event_is_test_the_one_before_validation_and_short_histories_only_train():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from encoding import D, encode, table, weights_of
@@ -13,13 +11,6 @@ from fedssl.config import EncoderConfig
 from fedssl.encoders.hgrn import running_mean
 
 CONFIG = EncoderConfig(name="hgrn", width=D, window=200, blocks=2)
-
-
-@pytest.fixture
-def double() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.usefixtures("double")

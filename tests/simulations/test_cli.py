@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from fedssl_simulations.cli import main
+from commands import fedssl
 
 TINY = """
 [data]
@@ -28,18 +28,6 @@ cohort = 20
 [system]
 workers = 1
 """
-
-
-def fedssl(*words: str | Path) -> int:
-    """The exit code of a command, run in this process."""
-    before, sys.argv = sys.argv, ["fedssl", *map(str, words)]
-    try:
-        main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")

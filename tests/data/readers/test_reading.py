@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from triples import coded
 
 from fedssl.data.interactions import Interactions
 from fedssl.data.readers import find_format, read_interactions, read_items, write_inter, write_lines
@@ -173,18 +174,6 @@ tokens = st.text(st.characters(codec="utf-8", exclude_characters="\t\r\n"), min_
 words = st.text(st.characters(codec="utf-8", exclude_characters=" \t\r\n"), min_size=1, max_size=8)
 # A byte order mark at the start of a file is no part of the first token.
 users_of_lines = words.filter(lambda token: not token.startswith("\ufeff"))
-
-
-def coded(triples: list[tuple[str, str, float]], with_times: bool) -> Interactions:
-    users = tuple(dict.fromkeys(user for user, _, _ in triples))
-    items = tuple(dict.fromkeys(item for _, item, _ in triples))
-    return Interactions(
-        users=np.array([users.index(user) for user, _, _ in triples], dtype=np.int64),
-        items=np.array([items.index(item) for _, item, _ in triples], dtype=np.int64),
-        times=np.array([time for _, _, time in triples]) if with_times else None,
-        user_tokens=users,
-        item_tokens=items,
-    )
 
 
 @quick
