@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedssl.disk import writing
 from fedssl.errors import BudgetSpent, DataError, WireError
 from fedssl.privacy import accounting
 from fedssl.privacy.keys import read_device_key, write_device_key
@@ -72,7 +73,8 @@ class UploadLedger:
         self._chain, self._number = b"", 0
         try:
             if is_new:
-                os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
+                with writing(path):
+                    os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
             self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = FULL")
@@ -146,7 +148,10 @@ class UploadLedger:
 
     def forget(self, run: str, settled: int) -> None:
         """Drop the answers up to training round ``settled`` of a run: a checkpoint holds them, and nobody asks again."""
-        self._file.execute("DELETE FROM answers WHERE run = ? AND round <= ?", (run, settled))
+        try:
+            self._file.execute("DELETE FROM answers WHERE run = ? AND round <= ?", (run, settled))
+        except sqlite3.Error as error:
+            raise DataError(f"{self.path}: answers that nobody asks for again cannot be dropped ({error}), so nothing leaves; check space and rights") from None
 
     def spent(self, user: int, delta: float) -> float:
         """Epsilon, for the user, of all that was sent so far to protect users."""

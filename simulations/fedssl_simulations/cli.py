@@ -44,6 +44,8 @@ Columns = Annotated[str, typer.Option(metavar="USER,ITEM[,TIME]", help="Names of
 AttackOut = Annotated[Path, typer.Option(help="Folder for the JSON of what was found")]
 SkipBadLines = Annotated[bool, typer.Option("--skip-bad-lines", help="Count lines that cannot be read instead of stopping at the first")]
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
+
 
 def main() -> None:
     """The door: errors that a person must act on become one line and exit code 1."""
@@ -54,9 +56,11 @@ def main() -> None:
     except FedSSLError as error:
         _fail(f"error: {error}", 1)
     except OSError as error:
-        # All files that are kept say where they could not be written: what has no name is the standard output.
-        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        if error.errno not in _OF_THE_DISK:
             raise
+        if error.filename is not None:
+            _fail(f"error: {error.filename}: {error.strerror}; make room, or get the right to use it, and do the same again", 1)
+        # All files that are kept say where they could not be written: what has no name is the standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # What is left of it would fail again at the end.
         _fail(f"error: standard output: cannot be written ({error.strerror}); send it elsewhere. What the command itself wrote is whole", 1)
     except typer.Exit as stop:

@@ -29,7 +29,7 @@ from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import Histories, take_users
-from fedssl.disk import write_whole
+from fedssl.disk import write_whole, writing
 from fedssl.errors import CatalogueMismatch, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.keeper import Keeper
@@ -273,7 +273,8 @@ def _give_devices(shards: dict[int, Shard], folder: Path, keys: Keys, *, may_be_
     """Key and ledger of each node: every user's noise comes from the run's own secret, as on devices it comes from theirs."""
     for index, shard in shards.items():
         place = folder / f"node-{index:03d}"
-        place.mkdir(parents=True, exist_ok=True)
+        with writing(place):
+            place.mkdir(parents=True, exist_ok=True)
         shard.device = Device(keys.noise, UploadLedger(place / "uploads.sqlite", keys.noise, may_be_new=may_be_new))
 
 

@@ -121,6 +121,8 @@ def start(*arguments: object, before: Callable[[], None] = lambda: None) -> Chil
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         torch.set_num_threads(1)
         keys_module.secrets = SimpleNamespace(token_bytes=lambda size: b"k" * size)  # type: ignore[assignment]
+        # Where users add their own noise it depends on the run's name too.
+        run.uuid4 = lambda: SimpleNamespace(hex="r" * 32)  # type: ignore[assignment]
         before()
         sys.argv = ["fedssl", *map(str, arguments)]
         cli.main()
@@ -186,17 +188,17 @@ def place() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def make_job(place: Path, name: str, rounds: int, data: Path | None = None) -> Job:
+def make_job(place: Path, name: str, rounds: int, data: Path | None = None, text: str = SETTINGS) -> Job:
     folder, histories = place / name, data or place / "histories.txt"
     folder.mkdir()
-    config = read_run(tomllib.loads(SETTINGS.format(path="", rounds=rounds)))
+    config = read_run(tomllib.loads(text.format(path="", rounds=rounds)))
     plan = make_plan(config.privacy, config.server, config.counts, 40)
     assert plan is not None
     # The accountant remembers what it was asked, and a child inherits it: children are then quick.
     for count in range(rounds + 1):
-        plan.epsilon({"counts": 1, "training": count})
+        plan.epsilon({"counts": 1, "training": count} if config.counts is not None else {"training": count})
     settings = folder / "run.toml"
-    settings.write_text(SETTINGS.format(path=histories, rounds=rounds))
+    settings.write_text(text.format(path=histories, rounds=rounds))
     if not histories.exists():
         assert fedssl("data", "synthesize", histories, "--users", 40, "--items", 80, "--events", 8).code == 0
     outcome = fedssl("simulate", settings, "--out", folder / "run", "-q")
@@ -222,6 +224,13 @@ def stored(place: Path, job: Job) -> Job:
     outcome = fedssl("data", "convert", job.data, place / "store", "--min-events", 1)
     assert outcome.code == 0, outcome.error
     return make_job(place, "long", 40, place / "store")
+
+
+@pytest.fixture(scope="module")
+def own_noise(place: Path) -> Job:
+    """A run in which users add their own noise: a ledger in SQLite on each node, no counts."""
+    text = SETTINGS.replace("[counts]\nlags = 2\nclip_norm = 1.0\n", "").replace("counts_noise_multiplier = 5.0", 'mode = "local"')
+    return make_job(place, "own-noise", 4, text=text.replace('sampling = "poisson"', 'sampling = "passes"'))
 
 
 @pytest.fixture
@@ -271,6 +280,24 @@ def test_a_run_that_finds_no_room_at_any_write_says_where_and_a_resume_ends_with
         print(f" {step - 1} disks that were too small ", end="")
     assert step > 20
     assert named >= {"/secrets", "/ledger.jsonl", "/metrics.jsonl", "/checkpoints", "/heads/node-000/journal.bin", "/heads/node-001/journal.bin"}, named
+
+
+@pytest.mark.parametrize("what", ["bytes", "files"])
+def test_a_run_with_ledgers_on_its_nodes_that_finds_no_room_says_where_and_a_resume_ends_with_the_same_bytes(
+    what: str, own_noise: Job, disk: Callable[[str], Path]
+):
+    named = set()
+    for step in itertools.count(2 if what == "files" else 40, 3 if what == "files" else 44):
+        folder = disk(f"size={step}k,nr_inodes=1000" if what == "bytes" else f"size=4m,nr_inodes={step}") / "run"
+        outcome = fedssl("simulate", own_noise.settings, "--out", folder, "-q")
+        if outcome.code == 0:
+            break
+        says(outcome, str(folder))
+        named.add(outcome.error.split(": ")[1].removeprefix(str(folder)))
+        disk("size=8m,nr_inodes=1000")
+        own_noise.go_on(folder)
+        shutil.rmtree(folder)
+    assert any(name.endswith("uploads.sqlite") for name in named) and "/checkpoints" in named, named
 
 
 def test_a_run_whose_files_find_no_room_says_where_and_a_resume_ends_with_the_same_bytes(job: Job, tmp_path: Path):
