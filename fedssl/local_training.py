@@ -22,7 +22,7 @@ from fedssl import seeds
 from fedssl.config import LocalConfig
 from fedssl.data.windows import Events, draw_windows
 from fedssl.encoders import Encoder
-from fedssl.item_table import ItemTable
+from fedssl.item_table import ItemTable, rows_at
 from fedssl.losses import softmax_loss
 from fedssl.tasks import Chance, Task, Views
 from fedssl.weights import ITEMS, Weights
@@ -258,7 +258,7 @@ def train_users(
     U = len(batch.users_U)
     body = {name: leaf.expand(U, *leaf.shape) for name, leaf in weights.items() if name != ITEMS}
     table_ID = weights[ITEMS]
-    start_UKD = table_ID.expand(U, *table_ID.shape) if batch.rows_UK is None else table_ID[batch.rows_UK]
+    start_UKD = table_ID.expand(U, *table_ID.shape) if batch.rows_UK is None else rows_at(table_ID, batch.rows_UK)
     update: Weights = {}
     items: Tensor | None = None
     first_loss: Tensor | None = None

@@ -95,7 +95,8 @@ class _SampledSoftmax(Function):
     def forward(ctx: Any, hidden: Tensor, table: ItemTable, targets: Tensor, weight: Tensor) -> Tensor:
         first = table.first_candidate
         assert table.bias_UN is not None
-        slope_rows = torch.zeros(hidden.shape[0], *table.rows_UKD.shape[1:], dtype=hidden.dtype)
+        slope_rows = torch.empty(hidden.shape[0], *table.rows_UKD.shape[1:], dtype=hidden.dtype)
+        slope_rows[:, :first].zero_()
         candidates = table.rows_UKD[:, first:]
         own = table.gather(targets)
         right = (hidden * own).sum(-1)
