@@ -242,9 +242,11 @@ def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
     def mount(options: str) -> Path:
         what = ["-o", f"remount,{options}"] if folder.is_mount() else ["-t", "tmpfs", "-o", options, "tmpfs"]
+        if shutil.which("mount") is None:
+            pytest.skip("no tmpfs can be mounted here (there is no command mount); run the tests as root on Linux")
         done = subprocess.run(["mount", *what, str(folder)], capture_output=True, text=True, check=False)
         if done.returncode:
-            pytest.skip(f"no tmpfs can be mounted here ({done.stderr.strip()}); run the tests as root, where mounting is allowed")
+            pytest.skip(f"no tmpfs can be mounted here ({done.stderr.splitlines()[0]}); run the tests as root, where mounting is allowed")
         return folder
 
     yield mount
@@ -281,6 +283,19 @@ def test_a_run_that_finds_no_room_at_any_write_says_where_and_a_resume_ends_with
         print(f" {step - 1} disks that were too small ", end="")
     assert step > 20
     assert named >= {"/secrets", "/ledger.jsonl", "/metrics.jsonl", "/checkpoints", "/heads/node-000/journal.bin", "/heads/node-001/journal.bin"}, named
+
+
+def test_worker_processes_that_find_no_room_to_share_say_so(job: Job, disk: Callable[[str], Path], tmp_path: Path):
+    shared = disk("size=4k")
+
+    def share_there() -> None:
+        tempfile.tempdir = str(shared)
+
+    outcome = fedssl("simulate", job.settings, "--set", "system.workers=2", "--out", tmp_path / "run", "-q", before=share_there)
+    says(outcome, f"{shared}/fedssl-workers-", "cannot be written (No space left on device)")
+    assert list(shared.iterdir()) == []
+    assert fedssl("simulate", "--resume", tmp_path / "run", "-q").code == 0
+    assert learned(tmp_path / "run") == job.learned
 
 
 @pytest.mark.parametrize("what", ["bytes", "files"])
