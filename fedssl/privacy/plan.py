@@ -107,6 +107,11 @@ class Plan:
         (phase,) = self.phases
         return [(phase.rate, phase.noise_multiplier, self.uploads(rounds) * self.steps)]
 
+    def event_epsilon(self, rounds: int) -> float:
+        """By window: epsilon of one event whose item is replaced, after ``rounds`` rounds. Windows share no event, so one window changes."""
+        ((rate, noise, steps),) = self.window_events(rounds)
+        return accounting.event_epsilon(rate, noise, steps, self.delta, windows=1)
+
     def uploads(self, rounds: int) -> int:
         """Local: how often the user who was asked most uploads in the first ``rounds`` rounds. A pass asks each user once."""
         ((phase, _),) = self._events({})
@@ -176,6 +181,7 @@ class Plan:
             "caveats": self._caveats(),
             **({} if self.fleet_users is None else {"fleet_users": self.fleet_users}),
             **({"uploads_of_worst_user": self.uploads(self.phases[0].rounds)} if self.trust == "local" else {}),
+            **({"local_steps": self.steps, "epsilon_of_a_replaced_event": self.event_epsilon(self.phases[0].rounds)} if self.is_by_window else {}),
         }
 
     def warnings(self) -> list[str]:
@@ -196,24 +202,33 @@ class Plan:
         sums = [
             f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {self._sampling(phase)}; "
             f"{one.name} clipped to {one.clip_norm:g}{self._later(phase, one)}, noise {one.noise_multiplier:.4g} times that on "
-            f"{'every upload' if self.trust == 'local' else 'the sum'}"
+            f"{self._noised}"
             for phase in self.phases
             for one in phase.sums
         ]
         terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
         whose = "" if self.fleet_users is None else f"Asked for a fleet of {self.fleet_users:,} users: "
-        what = (
-            "all that their device sends is at most e^{:.3g} times as likely as if they had done anything else"
-            if self.trust == "local"
-            else "any released model is at most e^{:.3g} times as likely as if that user had never taken part"
-        )
-        promise = (
-            f"{whose}Whatever a user did, {what.format(self.promised)}, but for a chance of {self.delta:g}: "
-            f"epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
-        )
+        if self.is_by_window:
+            what = "Whatever one training window holds, all that its device sends is at most e^{:.3g} times as likely as if that window were not there"
+        elif self.trust == "local":
+            what = "Whatever a user did, all that their device sends is at most e^{:.3g} times as likely as if they had done anything else"
+        else:
+            what = "Whatever a user did, any released model is at most e^{:.3g} times as likely as if that user had never taken part"
+        promise = f"{whose}{what.format(self.promised)}, but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
         return "\n".join([promise, *sums, *self.warnings(), *self._caveats()])
 
+    @property
+    def _noised(self) -> str:
+        if self.is_by_window:
+            return "the sum of every local step"
+        return "every upload" if self.trust == "local" else "the sum"
+
     def _sampling(self, phase: PhasePlan) -> str:
+        if self.is_by_window:
+            return (
+                f"Poisson over windows, rate {phase.rate:.6g} in each of {self.steps} local step(s), by the device's own key; each user once a pass, "
+                f"at most {self.uploads(phase.rounds)} times, as anybody may know"
+            )
         if self.trust == "local":
             return f"each user once a pass, at most {self.uploads(phase.rounds)} times, as anybody may know"
         return f"Poisson, rate {phase.rate:.6g}, from a secret cohort key" if phase.rate < 1 else "every user"
@@ -235,6 +250,12 @@ class Plan:
             caveats = ["The server is trusted: it sees each node's clipped sums before noise is added."]
         if self.trust == "central" and any(phase.rate < 1 for phase in self.phases):
             caveats.append("Amplification by sampling holds against whoever sees the models, not against the server or the network, which see who takes part.")
+        if self.is_by_window:
+            caveats.append(
+                "One window is a fixed piece of a history, cut from its first event on, and shares no event with another. A user of many is promised less, "
+                "and nothing is said of an event that is deleted or inserted, because all later windows are cut elsewhere. Of an event whose item is replaced "
+                f"epsilon is {self.event_epsilon(self.phases[0].rounds):.3g}."
+            )
         caveats.append(
             "A catalogue and a k-core filter made from private data are outside epsilon (give a public catalogue), and so are the data set's fingerprint and "
             "its numbers of users and events, which a report names."

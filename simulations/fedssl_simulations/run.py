@@ -12,6 +12,7 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 import fedssl
 from fedssl import seeds
-from fedssl.checkpoints import Checkpoint, name_of, name_of_round, newest_checkpoint, read_checkpoint
+from fedssl.checkpoints import Checkpoint, name_of, name_of_round, newest_checkpoint, read_checkpoint, tidy_checkpoints
 from fedssl.client_round import Notes, Shard
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
@@ -36,7 +37,7 @@ from fedssl.keeper import Keeper
 from fedssl.parts import make_parts
 from fedssl.privacy.keys import Keys, cohort_of_pass, make_keys, read_keys, users_per_round
 from fedssl.privacy.ledger import Ledger
-from fedssl.privacy.plan import make_plan
+from fedssl.privacy.plan import Plan, make_plan
 from fedssl.privacy.uploads import Device, UploadLedger
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
@@ -226,6 +227,8 @@ def _simulate(
     if not is_finished:
         save(state)
         return Run(folder, config, dataset, state, recipe, {}, model, False)
+    # A process that was killed after the last checkpoint has not removed the one before.
+    tidy_checkpoints(folder / "checkpoints", state, keep=config.system.keep_checkpoints, best=best_round(seen))
     report = make_report(folder, config, dataset, rounds_run, recipe, model)
     report["model"] = {
         "checkpoint": name_of(state),
@@ -234,6 +237,8 @@ def _simulate(
         "stopped_early": rounds_run < rounds["training"],
     }
     report["privacy"] = {**plan.statement(), **_clip_rule(recipe, state), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
+    if plan is not None and plan.is_by_window:
+        report["privacy"] |= _opacus_beside(plan, state)
     contrast = contrast_facts(recipe, state.released(recipe), histories)
     if contrast is not None:
         report["contrast"] = contrast
@@ -253,6 +258,15 @@ def _clip_rule(recipe: Recipe, state: State) -> dict[str, str]:
     return {"clip_rule": f"{rule}; after the last round it is {state.clip_norm:.4g}"}
 
 
+def _opacus_beside(plan: Plan, state: State) -> dict[str, float]:
+    """Opacus' own epsilon of the same steps, where it is installed: a simulation of single steps trains without it."""
+    if find_spec("opacus") is None:
+        return {}
+    from fedssl.privacy.dp_sgd import opacus_epsilon
+
+    return {"epsilon_by_opacus_rdp": opacus_epsilon(plan.window_events(state.round), plan.delta, bound="rdp")}
+
+
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on beside its settings."""
     return {"fedssl": fedssl.__version__, "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
@@ -270,12 +284,13 @@ def make_shards(dataset: Dataset, config: RunConfig, heads: Path, pool: Workers 
 
 
 def _give_devices(shards: dict[int, Shard], folder: Path, keys: Keys, *, may_be_new: bool) -> None:
-    """Key and ledger of each node: every user's noise comes from the run's own secret, as on devices it comes from theirs."""
+    """Key and ledger of each node: users' noise comes from the run's own secret, as on devices it comes from theirs."""
     for index, shard in shards.items():
         place = folder / f"node-{index:03d}"
         with writing(place):
             place.mkdir(parents=True, exist_ok=True)
         shard.device = Device(keys.noise, UploadLedger(place / "uploads.sqlite", keys.noise, may_be_new=may_be_new))
+        shard.is_simulated = True
 
 
 def _check_devices_not_behind(shards: dict[int, Shard], recipe: Recipe, num_users: int, rounds: int) -> None:
