@@ -1,4 +1,4 @@
-"""A run folder, held by one process at a time."""
+"""A folder, held by one process at a time."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from fedssl.errors import RunFolderError
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the hold ends with the process, however it ends.
+def held(folder: Path, lock_name: str = "run.lock") -> Iterator[None]:
+    """Hold ``folder`` for this process by a file in it; the hold ends with the process, however it ends.
 
     Raises RunFolderError where another process holds it, and where it cannot be written.
     """
     try:
-        lock = (folder / "run.lock").open("w")
+        lock = (folder / lock_name).open("w")
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be written ({error.strerror}); make it writable, or take a copy of it elsewhere") from None
     with lock:

@@ -6,7 +6,6 @@ being made when its process or the study ended is taken up again where its run f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -22,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fedssl.disk import write_whole, writing
-from fedssl.errors import FedSSLError, RunFolderError
+from fedssl.errors import DiskError, FedSSLError, RunFolderError
+from fedssl.run_lock import held
 from fedssl_simulations.study_file import Point, StudyConfig, points_of
 
 STOP_SECONDS = 60.0
@@ -167,8 +167,10 @@ class _Trials:
         self._choices: dict[str, Any] = {
             name: optuna.distributions.CategoricalDistribution(tuple(dict.fromkeys(params[name] for params in described))) for name in described[0]
         }
-        self._study = optuna.create_study(study_name="grid", storage=f"sqlite:///{path}", load_if_exists=True, direction="maximize")
-        finished = [trial.params for trial in self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))]
+        self._path = path
+        with _storing(path):
+            self._study = optuna.create_study(study_name="grid", storage=f"sqlite:///{path}", load_if_exists=True, direction="maximize")
+            finished = [trial.params for trial in self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))]
         self._waiting = [point for point in points if self._params(point) not in finished]
 
     def begin(self) -> Point | None:
@@ -183,7 +185,8 @@ class _Trials:
         """It is complete with this value, or failed (or was stopped) without one."""
         state = self._states.COMPLETE if value is not None else self._states.FAIL
         about = {"seconds": seconds, "error": error}
-        self._study.add_trial(self._make(state=state, value=value, params=self._params(point), distributions=self._choices, user_attrs=about))
+        with _storing(self._path):
+            self._study.add_trial(self._make(state=state, value=value, params=self._params(point), distributions=self._choices, user_attrs=about))
 
     def seconds(self, point: Point) -> float | None:
         """The seconds of all attempts at a point that is complete; None for one that is not."""
@@ -203,16 +206,24 @@ class _Trials:
 
 
 @contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    """Around what Optuna's storage writes: where it cannot, a DiskError that names it."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import DatabaseError
+
+    try:
+        yield
+    except (StorageInternalError, DatabaseError) as error:
+        why = str(error.__cause__ or error).splitlines()[0]
+        raise DiskError(f"{path}: cannot be written ({why}); make room, or get the right to write there, and give the same command again") from None
+
+
+@contextmanager
 def _claimed(out: Path, study: StudyConfig, overrides: Sequence[str]) -> Iterator[None]:
     """The study's folder, held by this process: a new one, or one of the same study."""
     with writing(out):
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        lock = (out / "study.lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunFolderError(f"{out}: another process is at this study; wait for it, or choose another --out") from None
+    with held(out, "study.lock"):
         asked = json.dumps({"study": study.model_dump(mode="json"), "overrides": list(overrides)}, indent=1)
         path = out / "study.asked.json"
         if path.exists() and path.read_text() != asked:

@@ -385,6 +385,14 @@ def test_a_report_that_finds_no_room_leaves_the_page_that_was_there(job: Job, tm
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize(("size", "name"), [(10, "study.asked.json"), (2000, "study.db")])
+def test_a_study_that_finds_no_room_says_where(size: int, name: str, tmp_path: Path):
+    pytest.importorskip("optuna", reason="a study keeps its trials with Optuna: pip install 'fedssl[study]'")
+    (tmp_path / "study.toml").write_text('title = "t"\nepsilon = [8.0]\nseeds = [1]\n[[method]]\nname = "m"\nrun = "demo"\n')
+    outcome = fedssl("study", tmp_path / "study.toml", "--out", tmp_path / "out", "--budget", 0.0001, "-q", before=no_file_beyond(size))
+    says(outcome, f"{tmp_path / 'out' / name}: cannot be written")
+
+
 def test_words_that_find_no_room_say_so(job: Job):
     def full() -> None:
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
