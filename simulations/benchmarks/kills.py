@@ -205,7 +205,7 @@ def check(folder: Path, log: Path, tally: Tally) -> None:
 def learned(folder: Path) -> dict[str, Any]:
     """All that a run learned, and what it charged."""
     found: dict[str, Any] = {}
-    for path in [*folder.glob("checkpoints/round-*/*.safetensors"), *folder.glob("heads/*/user-vector.f32")]:
+    for path in [*folder.glob("checkpoints/*/*.safetensors"), *folder.glob("heads/*/user-vector.f32")]:
         found[str(path.relative_to(folder))] = sha256(path.read_bytes()).hexdigest()
     found["charged"] = Ledger(folder / "ledger.jsonl").charged()
     for path in sorted(folder.glob("devices/*/uploads.sqlite")):
