@@ -23,12 +23,15 @@ from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
 from fedssl.disk import sync, writing
 from fedssl.errors import CatalogueMismatch, CheckpointError, DataError, FedSSLError
+from fedssl.lift import LiftTable
 from fedssl.parts import make_parts
 from fedssl.recipe import Recipe, read_recipe
 from fedssl.server_round import State
 from fedssl.weights import flatten, from_numpy, to_numpy
 
 CHECKPOINT_FORMAT = 1
+BEFORE_TRAINING = ("popularity", "counts", "distillation")
+"""Phases that come before training, in order."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +47,14 @@ class Checkpoint:
 
 def name_of(state: State) -> str:
     """The folder's name. Phases before training sort first."""
-    return name_of_round(state.round if state.phase == "training" else 0)
+    if state.phase == "training":
+        return name_of_round(state.round)
+    place = BEFORE_TRAINING.index(state.phase) if state.phase in BEFORE_TRAINING else len(BEFORE_TRAINING)
+    return f"{name_of_round(0)}-{place}-{state.phase}"
 
 
 def name_of_round(round: int) -> str:
-    """The name of a training round's checkpoint; 0: of what came before training."""
+    """The name of a training round's checkpoint."""
     return f"round-{round:06d}"
 
 
@@ -88,7 +94,9 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         put_arrays(beside / "training.safetensors", to_numpy(state.weights(recipe)))
     put_arrays(beside / "optimizer.safetensors", to_numpy(state.memory))
     if state.counts is not None:
-        put_arrays(beside / "counts.safetensors", {"starts": state.counts.starts, "columns": state.counts.columns, "values": state.counts.values})
+        put_arrays(beside / "counts.safetensors", vars(state.counts))
+    if state.popularity is not None:
+        put_arrays(beside / "popularity.safetensors", {"popularity": state.popularity})
     (beside / "recipe.json").write_text(recipe.canonical)
     write_catalogue(checkpoint.catalogue, beside / "catalogue.jsonl")
     about = {
@@ -97,6 +105,7 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         "round": state.round,
         "charged": dict(state.charged),
         "counts": state.counts is not None,
+        "popularity": state.popularity is not None,
         "average": state.average_P is not None,
         "clip_norm": state.clip_norm,
         "run": checkpoint.run,
@@ -130,7 +139,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def oldest_round(folder: Path) -> int:
     """The training round of the oldest checkpoint; 0: of one from before training, or where there is none."""
     found = list_checkpoints(folder)
-    return int(found[0].name.removeprefix("round-")) if found else 0
+    return int(found[0].name.split("-")[1]) if found else 0
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
@@ -167,7 +176,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         has_average = bool(about["average"])
         training = load_file(folder / "training.safetensors") if has_average else weights
         memory = load_file(folder / "optimizer.safetensors")
-        counts = Counts(**load_file(folder / "counts.safetensors")) if about["counts"] else None
+        counts = (LiftTable if recipe.privacy.has_plan else Counts)(**load_file(folder / "counts.safetensors")) if about["counts"] else None
+        popularity = load_file(folder / "popularity.safetensors") if about.get("popularity") else {}
         phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
         run, fingerprint = str(about["run"]), str(about["fingerprint"])
         clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
@@ -179,7 +189,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: {error}") from None
     if catalogue.hash != recipe.catalogue or catalogue.num_items != recipe.num_items:
         raise CatalogueMismatch(f"{folder}: catalogue.jsonl is not the one its recipe was made for; a file was replaced, use another checkpoint")
-    if counts is not None:
+    if popularity:
+        _check_shapes(folder / "popularity.safetensors", popularity, {"popularity": (recipe.num_items + 1,)})
+    if isinstance(counts, LiftTable):
+        _check_table(folder / "counts.safetensors", counts, recipe)
+    elif counts is not None:
         _check_counts(folder / "counts.safetensors", counts, recipe.num_items)
     if has_average != (phase == "training" and 0 < recipe.server.average_from <= round_):
         raise CheckpointError(f"{folder}: state.json and recipe.json disagree on whether late rounds are averaged; one was changed, use another checkpoint")
@@ -191,7 +205,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     expected = make_parts(recipe).optimizer.init(layout.num_weights)
     _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
     average_P = flatten(from_numpy(weights), layout) if has_average else None
-    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P, clip_norm)
+    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P, clip_norm, popularity.get("popularity"))
     return Checkpoint(state, recipe, catalogue, run, fingerprint)
 
 
@@ -201,6 +215,15 @@ def _check_shapes(path: Path, found: dict[str, NDArray[Any]], wanted: dict[str, 
     for name in sorted({*kinds, *asked}):
         if kinds.get(name) != asked.get(name):
             raise CheckpointError(f"{path}: '{name}' is {kinds.get(name, 'missing')}, the recipe wants {asked.get(name, 'nothing')}; use another checkpoint")
+
+
+def _check_table(path: Path, table: LiftTable, recipe: Recipe) -> None:
+    items = min(recipe.counts.items if recipe.counts is not None else 0, recipe.num_items)
+    rows = table.rows
+    if not (rows.dtype == np.int64 and rows.shape == (items,) and (np.diff(rows) > 0).all() and (not items or 1 <= rows[0] <= rows[-1] <= recipe.num_items)):
+        raise CheckpointError(f"{path}: 'rows' are not {items} different items of the catalogue; it was changed, use another checkpoint")
+    floats = {name: array for name, array in vars(table).items() if name != "rows"}
+    _check_shapes(path, floats, {"lift": (items, items), "log_popularity": (recipe.num_items + 1,), "log_repeat": (1,)})
 
 
 def _check_counts(path: Path, counts: Counts, num_items: int) -> None:

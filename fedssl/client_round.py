@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedssl.chunk_training import Chunk, ChunkJob, MappedJob, begin_chunks, begin_mapped_chunks, cut_chunks, narrow
-from fedssl.counts import sum_transitions
+from fedssl.config import CountsConfig
+from fedssl.counts import dense, most_popular, sum_items, sum_transitions
 from fedssl.data.histories import Histories, open_histories, take_users, write_histories
 from fedssl.data.watch import unchanged
 from fedssl.data.windows import Events
@@ -176,11 +177,30 @@ def _counts(download: Download, parts: Parts, shard: Shard, users: NDArray[np.in
     config = download.recipe.counts
     if config is None:
         raise WireError("a counts phase without [counts] in the recipe; the Download contradicts itself")
-    step = declared_sums(download.recipe, "counts", num_weights=0)["counts"].step
+    declared = declared_sums(download.recipe, "counts", num_weights=0)["counts"]
     places = np.searchsorted(shard.users, users)
-    sparse, is_broken = sum_transitions(shard.events, places, config, num_items=download.recipe.num_items, step=step)
+    is_dense = declared.layout == "dense"
+    rows = _counted_rows(download, config) if is_dense else None
+    sparse, is_broken = sum_transitions(shard.events, places, config, num_items=download.recipe.num_items, step=declared.step, rows=rows)
     shard.notes = Notes(broken_users=int(is_broken.sum()))
-    return {"counts": sparse}
+    return {"counts": narrow(dense(sparse)) if is_dense else sparse}
+
+
+def _counted_rows(download: Download, config: CountsConfig) -> NDArray[np.int64]:
+    """The items that were met most, by the released histogram: transitions between these are counted."""
+    popularity = download.tensors.get("popularity")
+    if popularity is None or popularity.shape != (download.recipe.num_items + 1,):
+        raise WireError("a counts phase under a plan, whose Download does not say how popular each item is; is the server of another version?")
+    return most_popular(popularity, config.items)
+
+
+def _popularity(download: Download, parts: Parts, shard: Shard, users: NDArray[np.int64]) -> dict[str, Ints | SparseSum]:
+    config = download.recipe.counts
+    if config is None:
+        raise WireError("a popularity phase without [counts] in the recipe; the Download contradicts itself")
+    declared = declared_sums(download.recipe, "popularity", num_weights=0)["popularity"]
+    places = np.searchsorted(shard.users, users)
+    return {"popularity": narrow(sum_items(shard.events, places, config, num_items=download.recipe.num_items, step=declared.step))}
 
 
 def _training(download: Download, parts: Parts, shard: Shard, users: NDArray[np.int64]) -> dict[str, Ints | SparseSum]:
@@ -235,8 +255,12 @@ def _training_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
     return declared_sums(download.recipe, "training", num_weights=parts.layout.num_weights, clip_norm=download.clip_norm)
 
 
-def _counts_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
-    return declared_sums(download.recipe, "counts", num_weights=0)
+def _counting_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
+    return declared_sums(download.recipe, download.address.phase, num_weights=0)
 
 
-CLIENT_PHASES: dict[str, ClientPhase] = {"counts": ClientPhase(_counts_sums, _counts), "training": ClientPhase(_training_sums, _training)}
+CLIENT_PHASES: dict[str, ClientPhase] = {
+    "popularity": ClientPhase(_counting_sums, _popularity),
+    "counts": ClientPhase(_counting_sums, _counts),
+    "training": ClientPhase(_training_sums, _training),
+}

@@ -98,12 +98,33 @@ class CountsConfig(Settings):
     form: Literal["log1p", "log-lift"] = Field("log1p", description="log1p: log(1 + scale * counts); log-lift: log of observed over expected, smoothed")
     scale: float = Field(10.0, gt=0.0, description="log1p: factor inside the logarithm; log-lift: pseudo-counts")
     prior: float = Field(1.5, ge=0.0, description="log-lift: factor of the log popularity added to the lift; more than 1 favours what many people take")
+    returns: float = Field(1.0, ge=0.0, description="Under a plan: factor of the log of how often people come back to an item they met")
     strength: float = Field(1.0, ge=0.0, description="Factor of the counts' score beside the encoder's; 0: encoder alone")
     top: int = Field(0, ge=0, description="Cells kept of each row, largest first; 0: all")
     clip_norm: float | None = Field(
         None, gt=0.0, description="L2 norm over all cells to which every user's counts are shortened; None: raw counts, refused under a plan"
     )
-    share: float = Field(0.85, gt=0.0, lt=1.0, description="Share of the privacy budget (of 1/z^2) that the counts take under a plan with a target epsilon")
+    share: float = Field(
+        0.85, gt=0.0, lt=1.0, description="Share of the privacy budget (of 1/z^2) that the counts take under a plan with a target epsilon; all where rounds = 0"
+    )
+    items: int = Field(
+        1000,
+        ge=1,
+        le=20_000,
+        description="Under a plan: transitions are counted between so many items N, the most met by a noised histogram; N^2 numbers go up",
+    )
+    popularity_share: float = Field(
+        0.05, gt=0.0, lt=1.0, description="Under a plan: share of the counts' part (of 1/z^2) that goes to the histogram: how often each item was met"
+    )
+
+
+class DistillationConfig(Settings):
+    """An encoder taught by the released counts, on the server: post-processing, which costs no privacy."""
+
+    steps: int = Field(1500, ge=1, description="Batches of walks that the encoder learns from")
+    walks: int = Field(32, ge=1, description="Walks of a batch, drawn from the released table")
+    length: int = Field(20, ge=2, description="Items of a walk; longer windows than that are never seen")
+    lr: float = Field(0.003, gt=0.0, description="Adam's step size at its top; it warms up over 20 batches and decays to a fiftieth")
 
 
 class HeadConfig(Settings):
@@ -138,7 +159,7 @@ class LocalConfig(Settings):
 class ServerConfig(Settings):
     """How rounds are made of users, and updates made into weights."""
 
-    rounds: int = Field(100, ge=1, description="Training rounds")
+    rounds: int = Field(100, ge=0, description="Training rounds; 0: the run only counts, and trains nobody's encoder")
     cohort: float = Field(64, gt=0, description="Expected users a round")
     sampling: Literal["passes", "poisson"] = Field(
         "passes", description="passes: each user once a pass, shuffled, refused under a plan; poisson: a coin a user"
@@ -280,6 +301,7 @@ class RunConfig(Settings):
     encoder: EncoderConfig = EncoderConfig()
     task: tuple[TaskConfig, ...] = (TaskConfig(name="next-item"),)
     counts: CountsConfig | None = None
+    distillation: DistillationConfig | None = None
     head: HeadConfig = HeadConfig()
     local: LocalConfig = LocalConfig()
     server: ServerConfig = ServerConfig()
@@ -306,6 +328,12 @@ class RunConfig(Settings):
             raise ValueError("[head] would carry one window into the gradients of others, without noise; under privacy.mode = 'window' set name = 'none'")
         if self.privacy.is_by_window and (self.local.weight_decay or self.local.proximal):
             raise ValueError("[local] weight_decay and proximal are no gradient of a window; under privacy.mode = 'window' set both to 0")
+        if not self.server.rounds and self.counts is None:
+            raise ValueError("[server] rounds = 0 leaves nothing to do; give it rounds, or the run a [counts] section")
+        if self.distillation is not None and (self.counts is None or not self.privacy.has_plan):
+            raise ValueError("[distillation] learns from counts released under a privacy plan; add [counts] and a plan, or set distillation = none")
+        if self.distillation is not None and self.distillation.length > self.encoder.window:
+            raise ValueError(f"[distillation] length = {self.distillation.length} is more than the encoder's window {self.encoder.window}; shorten the walks")
         if self.privacy.has_plan:
             if self.server.sampling != "poisson" and not self.privacy.is_local:
                 raise ValueError("[server] sampling = 'passes' has no amplification to account; under a plan set sampling = 'poisson'")

@@ -1,7 +1,7 @@
 """Item-to-item counts: how often one item follows another, summed over users once, and what they say of a history.
 
 A user's pairs are coalesced before they are clipped: a pair that occurs twice is one cell, or the norm would be wrong.
-Sparse sums are for a trusted server only: which cells are filled IS the history.
+A sparse sum names its cells, and which cells are filled IS the history; under a plan a node sends all cells.
 """
 
 from __future__ import annotations
@@ -39,17 +39,26 @@ class Counts:
         return len(self.starts) - 2
 
 
-def sum_transitions(events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float) -> tuple[SparseSum, NDArray[np.bool_]]:
+def sum_transitions(
+    events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float, rows: NDArray[np.int64] | None = None
+) -> tuple[SparseSum, NDArray[np.bool_]]:
     """The summed counts of the users at ``places_U``, in whole steps, and which of them were broken (counted as zero).
+
+    ``rows``: sorted items that alone are counted; others are passed over, as if they had not been met, and cells are numbered by the
+    place in ``rows``. None: all items.
 
     Guarantees:
       - only training events are read; each user's coalesced counts are shortened to ``config.clip_norm`` (None: raw);
       - whole numbers add exactly, so the split into nodes changes nothing.
     """
-    stride = num_items + 1
+    stride = num_items + 1 if rows is None else len(rows)
+    place_I = None
+    if rows is not None:
+        place_I = np.full(num_items + 1, -1, dtype=np.int64)
+        place_I[rows] = np.arange(len(rows))
     keys, values, broken = [], [], []
     for first in range(0, len(places_U), USERS_AT_ONCE):
-        key, value, is_broken = _transitions(events, places_U[first : first + USERS_AT_ONCE], config, stride, step)
+        key, value, is_broken = _transitions(events, places_U[first : first + USERS_AT_ONCE], config, stride, step, place_I)
         keys.append(key)
         values.append(value)
         broken.append(is_broken)
@@ -59,14 +68,49 @@ def sum_transitions(events: Events, places_U: NDArray[np.int64], config: CountsC
     return from_keys(*sum_by_key(keys, values), (stride, stride)), np.concatenate(broken or [np.zeros(0, bool)])
 
 
-def _transitions(
-    events: Events, places_U: NDArray[np.int64], config: CountsConfig, stride: int, step: float
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
-    """Cells of some users: keys row * stride + column (cells,), whole steps (cells,), broken (U,)."""
+def sum_items(events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float) -> NDArray[np.int64]:
+    """How often each item was met, summed over the users at ``places_U``, in whole steps. Shape: (I + 1,).
+
+    Guarantees as for `sum_transitions`: training events only, and no user is longer than ``config.clip_norm``, exactly.
+    """
+    total_I = np.zeros(num_items + 1, dtype=np.int64)
+    for first in range(0, len(places_U), USERS_AT_ONCE):
+        places = places_U[first : first + USERS_AT_ONCE]
+        user_E, item_E = _training_events(events, places)
+        row, steps, _ = _clipped(user_E, item_E, np.ones(len(item_E)), len(places), config.clip_norm, step)
+        np.add.at(total_I, row, steps)
+    return total_I
+
+
+def most_popular(popularity_I: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The ``count`` rows of the largest values, sorted; of equal ones the smaller row. Row 0, padding, is never one. Shape: (N,)."""
+    order = np.argsort(-popularity_I[1:], kind="stable") + 1
+    return np.sort(order[:count])
+
+
+def dense(sparse: SparseSum) -> NDArray[np.int64]:
+    """The whole matrix, empty cells too."""
+    matrix = np.zeros(sparse.shape, dtype=np.int64)
+    matrix[sparse.rows, sparse.columns] = sparse.values
+    return matrix
+
+
+def _training_events(events: Events, places_U: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of some users' training events, in order: which of the users, and the item. Both (E,)."""
     start_U, size_U = events.cuts[places_U], events.training_ends[places_U] - events.cuts[places_U]
     user_E = np.repeat(np.arange(len(places_U)), size_U)
     first_E = np.repeat(np.cumsum(size_U) - size_U, size_U)
-    item_E = events.items[np.repeat(start_U, size_U) + np.arange(len(user_E)) - first_E].astype(np.int64)
+    return user_E, events.items[np.repeat(start_U, size_U) + np.arange(len(user_E)) - first_E].astype(np.int64)
+
+
+def _transitions(
+    events: Events, places_U: NDArray[np.int64], config: CountsConfig, stride: int, step: float, place_I: NDArray[np.int64] | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Cells of some users: keys row * stride + column (cells,), whole steps (cells,), broken (U,)."""
+    user_E, item_E = _training_events(events, places_U)
+    if place_I is not None:
+        is_counted_E = place_I[item_E] >= 0
+        user_E, item_E = user_E[is_counted_E], place_I[item_E[is_counted_E]]
     users, pairs, weights = [], [], []
     for lag in range(1, config.lags + 1):
         if lag >= len(item_E):
@@ -77,27 +121,32 @@ def _transitions(
         weights.append(np.full(len(users[-1]), config.decay ** (lag - 1)))
     if not users:
         return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(len(places_U), bool)
-    user, pair, weight = np.concatenate(users), np.concatenate(pairs), np.concatenate(weights)
-    # Coalesce: one cell a user and pair.
-    order = np.lexsort((pair, user))
-    user, pair, weight = user[order], pair[order], weight[order]
+    return _clipped(np.concatenate(users), np.concatenate(pairs), np.concatenate(weights), len(places_U), config.clip_norm, step)
+
+
+def _clipped(
+    user: NDArray[np.int64], key: NDArray[np.int64], weight: NDArray[np.float64], num_users: int, clip_norm: float | None, step: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Coalesced, one cell a user and key; then shortened to the clip, in whole steps. Keys, steps (cells,), broken (U,)."""
+    order = np.lexsort((key, user))
+    user, key, weight = user[order], key[order], weight[order]
     is_first = np.ones(len(user), dtype=bool)
-    is_first[1:] = (user[1:] != user[:-1]) | (pair[1:] != pair[:-1])
+    is_first[1:] = (user[1:] != user[:-1]) | (key[1:] != key[:-1])
     cell = np.cumsum(is_first) - 1
     total = np.bincount(cell, weight)
-    user, pair = user[is_first], pair[is_first]
-    norm_U = np.sqrt(np.bincount(user, total**2, minlength=len(places_U)))
-    if config.clip_norm is None:
-        scale_U = np.full(len(places_U), 1 / step)
-        largest = np.zeros(len(places_U))
+    user, key = user[is_first], key[is_first]
+    norm_U = np.sqrt(np.bincount(user, total**2, minlength=num_users))
+    if clip_norm is None:
+        scale_U = np.full(num_users, 1 / step)
+        largest = np.zeros(num_users)
         np.maximum.at(largest, user, total)
         is_broken = largest >= step * LARGEST_COORDINATE
     else:
         with np.errstate(divide="ignore"):
-            scale_U = np.minimum(config.clip_norm * (1 - CLIP_MARGIN) / norm_U, 1.0) / step
-        is_broken = np.zeros(len(places_U), dtype=bool)
+            scale_U = np.minimum(clip_norm * (1 - CLIP_MARGIN) / norm_U, 1.0) / step
+        is_broken = np.zeros(num_users, dtype=bool)
     is_kept = ~is_broken[user]
-    return pair[is_kept], np.trunc(total * scale_U[user])[is_kept].astype(np.int64), is_broken
+    return key[is_kept], np.trunc(total * scale_U[user])[is_kept].astype(np.int64), is_broken
 
 
 def keep_top(counts: Counts, top: int) -> Counts:

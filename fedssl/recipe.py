@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedssl.config import (
     CountsConfig,
+    DistillationConfig,
     EncoderConfig,
     HeadConfig,
     LocalConfig,
@@ -39,6 +40,7 @@ class Recipe(Settings):
     encoder: EncoderConfig
     task: tuple[TaskConfig, ...]
     counts: CountsConfig | None
+    distillation: DistillationConfig | None = None
     head: HeadConfig
     local: LocalConfig
     server: ServerConfig
@@ -67,6 +69,7 @@ def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: Priv
         encoder=run.encoder,
         task=run.task,
         counts=run.counts,
+        distillation=run.distillation,
         head=run.head,
         local=run.local,
         server=run.server,

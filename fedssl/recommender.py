@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedssl.counts import Counts, CountsScorer
 from fedssl.item_table import ItemTable
+from fedssl.lift import LiftScorer, LiftTable
 from fedssl.local_training import UsersModel
 from fedssl.parts import make_parts
 from fedssl.recipe import Recipe
@@ -27,17 +28,22 @@ Scores = dict[str, Tensor]
 class Recommender:
     """Scores (n, I + 1) of all items after histories (oldest first), and those of each part.
 
-    The first name is the whole recommender. With counts it is ``encoder + strength * counts``; parts are "encoder" and
-    "counts". ``heads`` gives the vectors of users, (n, D), where the node at hand has them. Column 0 means nothing.
+    The first name is the whole recommender. With counts it is ``encoder + strength * counts``, parts are "encoder" and
+    "counts"; or the counts alone, where nothing taught the encoder. ``heads`` gives the vectors of users, (n, D), where the
+    node at hand has them. Column 0 means nothing.
     """
 
-    def __init__(self, recipe: Recipe, weights: Weights, counts: Counts | None = None, *, heads: Heads | None = None):
+    def __init__(self, recipe: Recipe, weights: Weights, counts: Counts | LiftTable | None = None, *, heads: Heads | None = None):
         self._recipe, self._weights, self._heads = recipe, weights, heads
         self._encoder = make_parts(recipe).encoder
-        self._counts = CountsScorer(counts, recipe.counts) if counts is not None and recipe.counts is not None else None
+        self._counts: CountsScorer | LiftScorer | None = None
+        if counts is not None and recipe.counts is not None:
+            self._counts = LiftScorer(counts, recipe.counts) if isinstance(counts, LiftTable) else CountsScorer(counts, recipe.counts)
 
     def __call__(self, histories: Sequence[NDArray[np.integer[Any]]], users: NDArray[np.int64]) -> Scores:
         """Scores by name. ``users``: their numbers (n,), read by heads alone."""
+        if self._counts is not None and not self._recipe.server.rounds and self._recipe.distillation is None:
+            return {"score": torch.from_numpy(self._counts(histories))}
         encoded = self.encoder_scores(histories, users)
         if self._counts is None:
             return {"score": encoded}

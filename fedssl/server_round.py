@@ -15,7 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedssl.counts import Counts, from_cells, keep_top
+from fedssl.catalogue import Catalogue
+from fedssl.counts import Counts, from_cells, keep_top, most_popular
+from fedssl.data.features import item_features
+from fedssl.denoise import denoise
+from fedssl.distillation import distil
+from fedssl.lift import LiftTable
 from fedssl.parts import initial_weights, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_STEP, next_clip
 from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums
@@ -28,7 +33,6 @@ from fedssl.sparse_total import SparseTotal
 from fedssl.weights import ITEMS, Weights, flatten, to_numpy, unflatten
 
 ROWS_AT_ONCE = 64
-KEPT_SIGMAS = 3.0
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,18 @@ class State:
 
     ``average_P``: the mean of late rounds' weights, where the recipe asks for one and it has begun. Training goes on from
     ``weights_P``; what is released is the mean. ``clip_norm``: the next training round's clip where it is adaptive, else None.
+    ``popularity`` (I + 1,): the noised histogram of items, where counts are under a plan.
     """
 
     phase: str
     round: int
     weights_P: Tensor
     memory: Memory
-    counts: Counts | None = None
+    counts: Counts | LiftTable | None = None
     charged: Mapping[str, int] = field(default_factory=dict)
     average_P: Tensor | None = None
     clip_norm: float | None = None
+    popularity: NDArray[np.float32] | None = None
 
     def weights(self, recipe: Recipe) -> Weights:
         """Named views of the weights that training goes on from."""
@@ -91,7 +97,7 @@ Totals = dict[str, "NDArray[np.int64] | SparseSum"]
 
 
 class ServerPhase(NamedTuple):
-    """A phase: how many rounds and exchanges, what goes down, what may come up, what is made of it.
+    """A phase: how many rounds and exchanges (0: nobody is asked, and nothing is charged), what goes down, what may come up, what is made of it.
 
     ``middle(state, totals, exchange)`` gives the tensors of the next exchange from the sums of this one.
     """
@@ -113,8 +119,12 @@ def first_state(recipe: Recipe) -> State:
     return State("", 0, weights_P, parts.optimizer.init(parts.layout.num_weights), clip_norm=clip_norm)
 
 
-def phases_of(recipe: Recipe) -> tuple[ServerPhase, ...]:
-    """The phases of a run, in order: counts where the recipe has them, then training."""
+def phases_of(recipe: Recipe, catalogue: Catalogue | None = None) -> tuple[ServerPhase, ...]:
+    """The phases of a run, in order: counts where the recipe has them, then training where it has rounds; under a plan a histogram of items before
+    the counts, and distillation behind them.
+
+    ``catalogue``: what is known of the items, for a prior on noised counts.
+    """
     training = ServerPhase(
         name="training",
         rounds=recipe.server.rounds,
@@ -130,12 +140,37 @@ def phases_of(recipe: Recipe) -> tuple[ServerPhase, ...]:
         name="counts",
         rounds=1,
         exchanges=1,
-        tensors=lambda state: {},
+        tensors=lambda state: {} if state.popularity is None else {"popularity": state.popularity},
         declared=lambda state, exchange: declared_sums(recipe, "counts", num_weights=0),
         middle=_no_middle,
-        finish=lambda state, totals, release: finish_counts(recipe, state, totals, release),
+        finish=lambda state, totals, release: finish_counts(recipe, state, totals, release, item_features(catalogue) if catalogue else None),
     )
-    return (counts, training)
+    after = (training,) if recipe.server.rounds else ()
+    if not recipe.privacy.has_plan:
+        return (counts, *after)
+    if recipe.distillation is not None:
+        after = (_distillation(recipe), *after)
+    popularity = ServerPhase(
+        name="popularity",
+        rounds=1,
+        exchanges=1,
+        tensors=lambda state: {},
+        declared=lambda state, exchange: declared_sums(recipe, "popularity", num_weights=0),
+        middle=_no_middle,
+        finish=lambda state, totals, release: finish_popularity(recipe, state, totals, release),
+    )
+    return (popularity, counts, *after)
+
+
+def _distillation(recipe: Recipe) -> ServerPhase:
+    """A phase of the server alone, which asks nobody anything."""
+
+    def finish(state: State, totals: Totals, release: Release) -> State:
+        assert isinstance(state.counts, LiftTable), "a counts phase comes before"
+        weights_P = flatten(distil(recipe, state.counts), make_parts(recipe).layout)
+        return replace(state, phase=release.phase, round=release.round, weights_P=weights_P)
+
+    return ServerPhase("distillation", 1, 0, tensors=lambda state: {}, declared=lambda state, exchange: {}, middle=_no_middle, finish=finish)
 
 
 def _training_sums(recipe: Recipe, state: State) -> dict[str, DeclaredSum]:
@@ -215,37 +250,50 @@ def _clip_after(recipe: Recipe, state: State, totals: Totals, release: Release, 
     return next_clip(state.clip_norm, within, users, quantile=privacy.clip_quantile, rate=privacy.clip_rate)
 
 
-def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:
-    """The counts that are kept: the largest cells of each row; under a plan those beyond three deviations of the noise.
+def finish_popularity(recipe: Recipe, state: State, totals: Totals, release: Release) -> State:
+    """The noised histogram of how often each item was met, in units of the clip; -inf for the padding."""
+    declared = declared_sums(recipe, "popularity", num_weights=0)["popularity"]
+    popularity = _noised(release, declared, totals)
+    popularity[0] = -np.inf
+    return replace(state, phase=release.phase, round=release.round, popularity=popularity)
 
-    Under a plan EVERY cell gets noise, empty ones too, a block of rows at a time, so that the matrix is never whole in
-    memory; which cells are kept is post-processing of noised ones.
+
+def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release, features: NDArray[np.float32] | None = None) -> State:
+    """The counts that are kept: the largest cells of each row; under a plan a lift table, what the noised sums most likely say.
+
+    Under a plan EVERY cell gets noise, empty ones too. ``features`` (I, F): of the items, for a prior; None: nothing is known of them.
     """
     config = recipe.counts
     assert config is not None
-    total, step = totals.get("counts"), declared_sums(recipe, "counts", num_weights=0)["counts"].step
-    width = recipe.num_items + 1
-    sparse = total if isinstance(total, SparseSum) else SparseSum(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), (width, width))
-    if release.plan is None:
-        counts = from_cells(sparse.rows, sparse.columns, sparse.values * step, num_items=recipe.num_items)
-    else:
-        floor = KEPT_SIGMAS * release.plan.noise_std_in_steps("counts", "counts")
-        kept: list[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]] = []
-        for block, first in enumerate(range(0, width, ROWS_AT_ONCE)):
-            count = min(ROWS_AT_ONCE, width - first)
-            noise = release.noise("counts", count * width, block=block)
-            assert noise is not None
-            noised = noise.reshape(count, width)
-            inside = slice(*np.searchsorted(sparse.rows, [first, first + count]))
-            noised[sparse.rows[inside] - first, sparse.columns[inside]] += sparse.values[inside]
-            noised[:, 0] = 0
-            if first == 0:
-                noised[0] = 0
-            row, column = np.nonzero(noised > floor)
-            kept.append((row + first, column, noised[row, column]))
-        rows, columns, values = (np.concatenate(part) for part in zip(*kept, strict=True))
-        counts = from_cells(rows, columns, values * step, num_items=recipe.num_items)
+    declared = declared_sums(recipe, "counts", num_weights=0)["counts"]
+    if release.plan is not None:
+        assert state.popularity is not None, "a popularity phase comes before"
+        table = denoise(
+            _noised(release, declared, totals),
+            state.popularity,
+            most_popular(state.popularity, config.items),
+            np.ones((recipe.num_items, 1), dtype=np.float32) if features is None else features,
+            config,
+            noise=release.plan.noise_std_in_steps("counts", "counts") * declared.step,
+            popularity_noise=release.plan.noise_std_in_steps("popularity", "popularity") * declared.step,
+        )
+        return replace(state, phase=release.phase, round=release.round, counts=table)
+    total, side = totals.get("counts"), recipe.num_items + 1
+    sparse = total if isinstance(total, SparseSum) else SparseSum(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), (side, side))
+    counts = from_cells(sparse.rows, sparse.columns, sparse.values * declared.step, num_items=recipe.num_items)
     return replace(state, phase=release.phase, round=release.round, counts=keep_top(counts, config.top))
+
+
+def _noised(release: Release, declared: DeclaredSum, totals: Totals) -> NDArray[np.float32]:
+    """A dense sum with its noise, in units of its clip: added in whole numbers, ``ROWS_AT_ONCE`` rows a block of noise. Nobody's is noise alone."""
+    total, result = totals.get(declared.name), np.empty(declared.shape, dtype=np.float32)
+    for block, first in enumerate(range(0, len(result), ROWS_AT_ONCE)):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        noise = release.noise(declared.name, result[rows].size, block=block)
+        assert noise is not None
+        steps = noise.reshape(result[rows].shape) + (0 if total is None else _dense(total)[rows])
+        result[rows] = steps * declared.step
+    return result
 
 
 def _dense(total: Ints | SparseSum) -> NDArray[np.int64]:

@@ -84,7 +84,8 @@ def learn_here(folder: Path, *, rounds: int = 5) -> tuple[RunConfig, Dataset, di
     dataset = make_dataset(synthesize(users=50, items=200, seed=3, mean_events=10.0), DataConfig(min_events=1))
     simulate(config, out=folder, dataset=dataset, keys=TEST_KEYS)
     everything = learned(folder, sorted((folder / "heads").glob("node-*")))
-    assert everything.keys() == {"checkpoint", "weights.safetensors", "optimizer.safetensors", "counts.safetensors", "heads of node 0", "heads of node 1"}
+    arrays = ("weights", "optimizer", "popularity", "counts")
+    assert everything.keys() == {"checkpoint", *(f"{name}.safetensors" for name in arrays), "heads of node 0", "heads of node 1"}
     assert everything["checkpoint"] == b"round-%06d" % rounds
     assert all(any(value) for value in everything.values())
     return config, dataset, everything

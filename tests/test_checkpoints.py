@@ -107,7 +107,7 @@ def test_weights_of_training_that_are_missing_cut_or_of_another_shape_are_refuse
 
 def test_no_key_and_no_pickle_is_in_a_checkpoint(tmp_path: Path):
     target = write_checkpoint(tmp_path, trained())
-    told = {"format", "phase", "round", "charged", "counts", "average", "clip_norm", "run", "fingerprint"}
+    told = {"format", "phase", "round", "charged", "counts", "popularity", "average", "clip_norm", "run", "fingerprint"}
     assert json.loads((target / "state.json").read_text()).keys() == told
     assert not [path for path in target.iterdir() if path.suffix in (".pt", ".pkl", ".key", ".npy")]
 

@@ -12,7 +12,7 @@ from oracles.slow_counts import slow_scores, user_cells, user_steps
 from small import dataset_of
 
 from fedssl.config import CountsConfig
-from fedssl.counts import Counts, CountsScorer, from_cells, keep_top, sum_transitions
+from fedssl.counts import Counts, CountsScorer, dense, from_cells, keep_top, most_popular, sum_items, sum_transitions
 from fedssl.privacy.grid import grid_step
 from fedssl.privacy.manifest import COUNTS_STEP, squared_norm
 from fedssl.records import Address, SparseSum, Upload
@@ -129,6 +129,48 @@ def test_more_users_and_cells_than_are_summed_at_once_change_nothing(monkeypatch
         for cell, value in user_steps(training(items), 1, 1.0, COUNTS_STEP).items():
             expected[cell] = expected.get(cell, 0) + value
     assert found == expected
+
+
+# ---- under a plan ----
+
+
+@given(rows=histories, lags=st.integers(1, 4), kept=st.sets(st.integers(1, ITEMS), min_size=1))
+def test_items_that_are_not_counted_are_passed_over_as_if_nobody_had_met_them(rows: list[list[int]], lags: int, kept: set[int]):
+    counted, config = np.array(sorted(kept), dtype=np.int64), CountsConfig(lags=lags, decay=0.5)
+    events = dataset_of(*rows, num_items=ITEMS).histories
+    found = dense(sum_transitions(events, np.arange(len(rows)), config, num_items=ITEMS, step=COUNTS_STEP, rows=counted)[0])
+    expected = np.zeros((ITEMS + 1, ITEMS + 1), dtype=np.int64)
+    for items in rows:
+        for (row, column), steps in user_steps([item for item in training(items) if item in kept], lags, 0.5, COUNTS_STEP).items():
+            expected[row, column] += steps
+    assert np.array_equal(found, expected[np.ix_(counted, counted)])
+
+
+@given(rows=histories, clip=st.floats(1e-3, 3.0), user=st.integers(0, 5))
+@settings(max_examples=200)
+def test_one_user_more_or_less_changes_each_private_total_by_at_most_the_clip_in_whole_steps(rows: list[list[int]], clip: float, user: int):
+    config, step, counted = CountsConfig(lags=3, decay=0.8, clip_norm=clip), grid_step(clip), np.array([1, 2, 4])
+    events = dataset_of(*rows, num_items=ITEMS).histories
+    everybody = np.arange(len(rows))
+    others = np.delete(everybody, user % len(rows))
+    for total in (
+        lambda users: dense(sum_transitions(events, users, config, num_items=ITEMS, step=step, rows=counted)[0]),
+        lambda users: sum_items(events, users, config, num_items=ITEMS, step=step),
+    ):
+        assert squared_norm(total(everybody) - total(others)) <= (clip / step) ** 2
+
+
+def test_a_histogram_worked_by_hand():
+    # Training events 1 2 1 2 2: two of item 1, three of item 2; the norm is root 13.
+    events = dataset_of([1, 2, 1, 2, 2, 4, 5], [3, 3], num_items=ITEMS).histories
+    found = sum_items(events, np.arange(2), CountsConfig(clip_norm=1.0), num_items=ITEMS, step=grid_step(1.0)) * grid_step(1.0)
+    assert found.tolist() == pytest.approx([0, 2 / 13**0.5, 3 / 13**0.5, 1, 0, 0], abs=1e-4)
+
+
+def test_the_most_popular_are_the_largest_and_of_equal_ones_the_smaller_rows():
+    popularity = np.array([np.inf, 2.0, -1.0, 5.0, 2.0, 2.0], dtype=np.float32)
+    assert most_popular(popularity, 3).tolist() == [1, 3, 4]
+    assert most_popular(popularity, 99).tolist() == [1, 2, 3, 4, 5]
 
 
 # ---- what is kept ----

@@ -55,7 +55,9 @@ class DeclaredSum:
 def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: float | None = None) -> dict[str, DeclaredSum]:
     """All that may leave a node in ``phase`` under ``recipe``; ``num_weights``: coordinates of the shared weights, flat.
 
-    - counts: "counts", sparse, (I + 1, I + 1).
+    - popularity, under a plan: "popularity", (I + 1,).
+    - counts: "counts", sparse, (I + 1, I + 1); under a plan dense, because which cells are filled is the history, and between
+      `[counts] items` alone, (N, N).
     - training: "update", (num_weights,); only without a plan also "weight" and "loss", (1,) each: sums of the users'
       weights, each in [0, 1], and of their losses. With an adaptive clip also "within_clip", (1,): +1/2 or -1/2 a user.
     Steps follow the clip; without one, those of updates follow ``local.grid_step``. ``clip_norm``: that of the round where
@@ -66,7 +68,13 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
     if phase == "counts" and recipe.counts is not None and not recipe.privacy.is_local:
         clip_norm, side = recipe.counts.clip_norm, recipe.num_items + 1
         step = COUNTS_STEP if clip_norm is None else grid_step(clip_norm)
+        if recipe.privacy.has_plan:
+            items = min(recipe.counts.items, recipe.num_items)
+            return {"counts": DeclaredSum("counts", (items, items), "dense", "int", clip_norm, step, smallest=0)}
         return {"counts": DeclaredSum("counts", (side, side), "sparse", "int", clip_norm, step, smallest=0)}
+    if phase == "popularity" and recipe.counts is not None and recipe.counts.clip_norm is not None and recipe.privacy.has_plan:
+        clip_norm = recipe.counts.clip_norm
+        return {"popularity": DeclaredSum("popularity", (recipe.num_items + 1,), "dense", "int", clip_norm, grid_step(clip_norm), smallest=0)}
     if phase == "training":
         is_adaptive = recipe.privacy.clip == "adaptive"
         if is_adaptive != (clip_norm is not None):
@@ -84,7 +92,7 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
         elif recipe.privacy.is_local:
             sums = [_with_noise(recipe, one) for one in sums]
         return {one.name: one for one in sums}
-    known = "counts, training" if recipe.counts is not None else "training"
+    known = ("popularity, counts, " if recipe.privacy.has_plan else "counts, ") * (recipe.counts is not None) + "training"
     raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")
 
 

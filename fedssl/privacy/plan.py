@@ -268,8 +268,8 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     """The plan that these settings make over ``num_users`` users; None when they ask for none.
 
     A target epsilon is solved for noise: the counts get ``counts.share`` of it (their 1/z^2 is that share of the one
-    Gaussian's that spends the whole target), the training all that is then left, and the whole composes to at most the
-    target. ``local``: needed where each of a device's local steps is a release (mode = "window").
+    Gaussian's that spends the whole target; all of it where nothing is trained), the training all that is then left, and the
+    whole composes to at most the target. ``local``: needed where each of a device's local steps is a release (mode = "window").
 
     Raises ConfigError for settings that no plan can keep: a cohort larger than the users, passes, unequal weights, a
     sum without clip or noise.
@@ -283,11 +283,11 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     if server.weighting != "equal":
         raise ConfigError(f"[server] weighting = {server.weighting!r} lets a user weigh more than the clip; under a plan set weighting = 'equal'")
     rate = server.cohort / num_users
-    if rate > 1:
+    if server.rounds and rate > 1:
         raise ConfigError(f"[server] cohort = {server.cohort:g} is more than the {num_users} users there are; under a plan set it to at most {num_users}")
     if privacy.fleet_users and privacy.fleet_users < num_users:
         raise ConfigError(f"[privacy] fleet_users = {privacy.fleet_users} is fewer than the {num_users} users at hand; ask for a larger fleet, or set it to 0")
-    if privacy.clip_norm is None:
+    if server.rounds and privacy.clip_norm is None:
         raise ConfigError("[privacy] has no clip_norm; noise without a clip promises nothing")
     if counts is not None and counts.clip_norm is None:
         raise ConfigError("[counts] has no clip_norm; under a plan every sum needs one")
@@ -301,13 +301,18 @@ def make_plan(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig
     noise, counts_noise = _noise(privacy, server, counts, rate)
     phases = []
     if counts is not None:
-        phases.append(PhasePlan("counts", 1, 1.0, float(num_users), (_sum("counts", counts.clip_norm, counts_noise),)))
-    phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), training_sums(privacy, noise)))
+        # Two phases of everybody: which items are met at all, then transitions between those met most. Together one Gaussian of that noise.
+        shares = {"popularity": counts.popularity_share, "counts": 1 - counts.popularity_share}
+        for name, share in shares.items():
+            noise_of_one = accounting.round_up(counts_noise / share**0.5)
+            phases.append(PhasePlan(name, 1, 1.0, float(num_users), (_sum(name, counts.clip_norm, noise_of_one),)))
+    if server.rounds:
+        phases.append(PhasePlan("training", server.rounds, rate, float(server.cohort), training_sums(privacy, noise)))
     return Plan(phases=tuple(phases), delta=privacy.delta, num_users=num_users, target=privacy.epsilon, fleet_users=privacy.fleet_users or None)
 
 
 def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | None, rate: float) -> tuple[float, float]:
-    """Noise multipliers of the training and of the counts, as given or as solved for."""
+    """Noise multipliers of the training and of the counts (of popularity and transitions together), as given or as solved for."""
     if privacy.epsilon is None:
         if counts is not None and privacy.counts_noise_multiplier == 0:
             raise ConfigError("[privacy] counts_noise_multiplier is 0 while [counts] is on; set it, or give a target epsilon")
@@ -315,6 +320,8 @@ def _noise(privacy: PrivacyConfig, server: ServerConfig, counts: CountsConfig | 
     if counts is None:
         return _of_update(privacy, accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds)), 0.0
     whole = accounting.solve_noise(privacy.epsilon, privacy.delta, 1.0, 1)
+    if not server.rounds:
+        return 0.0, whole
     counts_noise = float(whole / counts.share**0.5)
     both = accounting.solve_noise(privacy.epsilon, privacy.delta, rate, server.rounds, ((1.0, counts_noise, 1),))
     return _of_update(privacy, both), counts_noise

@@ -134,6 +134,10 @@ def run_rounds(
 
 def _round(grid: Grid, run: Run, state: State, phase: ServerPhase, number: int, settled: int) -> tuple[State, RoundFacts]:
     began = time.perf_counter()
+    if not phase.exchanges:
+        # Nobody is asked anything, so nothing is charged.
+        state = phase.finish(state, {}, Release(phase.name, number))
+        return state, RoundFacts(phase.name, number, 0, 0, time.perf_counter() - began, 0.0, 0, 0, {}, None, None)
     while True:
         attempt = 0
         if run.plan is not None:

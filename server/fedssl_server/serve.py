@@ -65,8 +65,9 @@ def serve(
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, central, begin.state)
     run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, deadline_seconds)
+    phases = phases_of(recipe, catalogue)
     lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)
-    cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases_of(recipe)])
+    cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases])
 
     def on_round(state: State, facts: RoundFacts) -> None:
         line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
@@ -88,7 +89,7 @@ def serve(
         if plan is not None or keeper.is_due(state):
             keeper.keep(state)
 
-    state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled)
+    state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled, phases=phases)
     keeper.keep(state)
     return state
 

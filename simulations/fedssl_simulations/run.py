@@ -134,7 +134,7 @@ def _simulate(
     is_local = config.privacy.is_local
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
     recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told)
-    phases = phases_of(recipe)
+    phases = phases_of(recipe, dataset.catalogue)
     _check_same_data(folder, about, dataset)
     # First of all: from here on, whatever happens, the folder is one that can be resumed.
     if not about:
@@ -166,7 +166,7 @@ def _simulate(
     keeper = Keeper(folder, Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"]), config.system)
     trained = state.round if state.phase == "training" else 0
     if patience:
-        _check_best_is_here(folder, state, seen, patience, is_last=trained == rounds["training"])
+        _check_best_is_here(folder, state, seen, patience, is_last=trained == rounds.get("training", 0))
 
     def is_enough() -> bool:
         return is_over(seen, patience) or should_stop()
@@ -204,7 +204,7 @@ def _simulate(
                 shards,
                 validation,
                 epsilon,
-                plan_cohort=plan.expected_cohort(facts.phase) if plan is not None else None,
+                plan_cohort=None if plan is None else plan.expected_cohort(facts.phase) if facts.phase != "distillation" else 0.0,
                 fleet_users=config.privacy.fleet_users,
             ),
         )
@@ -219,7 +219,7 @@ def _simulate(
     with pool, InProcessGrid(handler_of(shards), nodes) as grid:
         state = run_rounds(grid, run, state, on_round=on_round, should_stop=is_enough, settled=lambda: keeper.settled, phases=phases)
     is_finished = (state.phase, state.round) == (phases[-1].name, phases[-1].rounds) or is_over(seen, patience)
-    rounds_run = state.round
+    rounds_run = state.round if state.phase == "training" else 0
     if is_finished and seen and best_round(seen) != state.round:
         state = read_checkpoint(folder / "checkpoints" / name_of_round(best_round(seen))).state
         _take_back_heads(shards, recipe, after=state.round, settled=state.round)
@@ -234,7 +234,7 @@ def _simulate(
         "checkpoint": name_of(state),
         "round": state.round,
         "average_from": recipe.server.average_from if state.average_P is not None else None,
-        "stopped_early": rounds_run < rounds["training"],
+        "stopped_early": rounds_run < rounds.get("training", 0),
     }
     report["privacy"] = {**plan.statement(), **_clip_rule(recipe, state), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
     if plan is not None and plan.is_by_window:

@@ -108,7 +108,7 @@ def _override(values: dict[str, Any], text: str) -> None:
             here = here[int(part)] if isinstance(here, list) else here.setdefault(part, {})
         except (IndexError, ValueError, AttributeError):
             raise ConfigError(f"--set {text}: there is no '{part}' to set '{path[-1]}' in") from None
-    if parsed == "none" and len(path) == 1 and path[0] in ("counts",):
+    if parsed == "none" and len(path) == 1 and path[0] in ("counts", "distillation"):
         values.pop(path[0], None)
     elif isinstance(here, dict):
         here[path[-1]] = None if parsed == "none" and path[-1] != "name" else parsed

@@ -197,7 +197,7 @@ def make_job(place: Path, name: str, rounds: int, data: Path | None = None, text
     assert plan is not None
     # The accountant remembers what it was asked, and a child inherits it: children are then quick.
     for count in range(rounds + 1):
-        plan.epsilon({"counts": 1, "training": count} if config.counts is not None else {"training": count})
+        plan.epsilon({"popularity": 1, "counts": 1, "training": count} if config.counts is not None else {"training": count})
     settings = folder / "run.toml"
     settings.write_text(text.format(path=histories, rounds=rounds))
     if not histories.exists():
@@ -211,11 +211,11 @@ def make_job(place: Path, name: str, rounds: int, data: Path | None = None, text
 def job(place: Path) -> Job:
     found = make_job(place, "short", 4)
     assert found.learned.keys() == {
-        *(f"round-000004/{name}.safetensors" for name in ("counts", "optimizer", "training", "weights")),
+        *(f"round-000004/{name}.safetensors" for name in ("counts", "optimizer", "popularity", "training", "weights")),
         "node-000/user-vector.f32",
         "node-001/user-vector.f32",
     }
-    assert all(any(raw) for raw in found.learned.values()) and len(found.curve) == 5
+    assert all(any(raw) for raw in found.learned.values()) and len(found.curve) == 6
     return found
 
 

@@ -38,7 +38,8 @@ CONFIG = small_config(
     PLAN,
     {
         "encoder": {"dropout": 0.1},
-        "counts": {"clip_norm": 1.0, "lags": 2},
+        "counts": {"clip_norm": 1.0, "lags": 2, "items": 20},
+        "distillation": {"steps": 3, "walks": 4, "length": 5},
         "head": {"name": "user-vector", "lr": 0.5},
         "local": {"steps": 2, "lr": 0.1},
         "server": {"rounds": 6, "cohort": 8, "optimizer": "adam", "average_from": 3},
@@ -122,8 +123,12 @@ def once(name: str, *points: Sabotage) -> Kills:
     return Kills(name, points)
 
 
-# Two nodes: additions 1 and 2 are of the counts, 3 to 14 of the training's six rounds.
-ADD = [at(rounds, "add", call, when) for call, when in ((1, "before"), (2, "before"), (2, "after"), (3, "after"), (6, "before"), (9, "after"), (14, "after"))]
+# Two nodes: additions 1 and 2 are of the histogram, 3 and 4 of the counts, 5 to 16 of the training's six rounds.
+PLACES = ((1, "before"), (2, "after"), (4, "before"), (4, "after"), (5, "after"), (8, "before"), (11, "after"), (16, "after"))
+ADD = [at(rounds, "add", call, when) for call, when in PLACES]
+    at(rounds, "add", call, when)
+    for call, when in ((1, "before"), (2, "after"), (4, "before"), (4, "after"), (5, "after"), (8, "before"), (11, "after"), (16, "after"))
+]
 HISTORIES = [
     once("before the run is written down", at(os, "replace", 1, "before", target="run.toml")),
     once("after the run is written down", at(os, "replace", 1, "after", target="run.toml")),
@@ -131,7 +136,12 @@ HISTORIES = [
     *(once(f"inside the fold, {number}", point) for number, point in enumerate(ADD)),
     once("inside the counts of a node", at(client_round, "sum_transitions", 1, "before")),
     once("after the counts of a node", at(client_round, "sum_transitions", 2, "after")),
-    once("inside the release of the counts", at(server_round, "keep_top", 1, "before")),
+    once("inside the histogram of a node", at(client_round, "sum_items", 1, "before")),
+    once("inside the release of the histogram", at(server_round, "finish_popularity", 1, "before")),
+    once("before the release of the counts", at(server_round, "denoise", 1, "before")),
+    once("after the release of the counts", at(server_round, "denoise", 1, "after")),
+    once("inside the distillation", at(server_round, "distil", 1, "before")),
+    once("after the distillation", at(server_round, "distil", 1, "after")),
     once("inside a chunk", at(clipping.GridTotal, "add", 5, "before")),
     once("inside a later chunk", at(clipping.GridTotal, "add", 17, "after")),
     once("before a charge", at(rounds, "begin_attempt", 4, "before")),
@@ -140,7 +150,7 @@ HISTORIES = [
     once("in the first line of the ledger", at(ledger.Ledger, "_write", 1, "", within=half_a_line)),
     once("between totals and seal", at(rounds, "may_draw_noise", 3, "before")),
     once("between seal and noise", at(rounds, "may_draw_noise", 3, "after")),
-    once("between seal and noise of the counts", at(rounds, "may_draw_noise", 1, "after")),
+    once("between seal and noise of the counts", at(rounds, "may_draw_noise", 2, "after")),
     once("between noise and new weights", at(server_round, "gaussian_steps", 4, "after")),
     once("before a line of metrics", at(run_module, "append_line", 4, "before")),
     once("in a line of metrics", at(run_module, "append_line", 4, "", within=half_a_metric)),
@@ -235,7 +245,7 @@ def never_killed(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     assert plan is not None
     # The accountant remembers what it was asked, and a child inherits it: children are then quick.
     for count in range(CONFIG.server.rounds + 1):
-        plan.epsilon({"counts": 1, "training": count})
+        plan.epsilon({"popularity": 1, "counts": 1, "training": count})
     begun = time.monotonic()
     assert wait(start(folder)) == 0
     return Reference(learned(folder), metrics_of(folder), epsilons_of(folder), time.monotonic() - begun)
@@ -250,19 +260,19 @@ def check_is_as_if_never_killed(folder: Path, reference: Reference) -> None:
     # A round that is played again says what was charged by then, later rounds that were lost included; in the end all is equal.
     assert all(ours >= theirs for ours, theirs in zip(epsilons_of(folder), reference.epsilons, strict=True))
     assert epsilons_of(folder)[-1] == reference.epsilons[-1]
-    assert ledger.Ledger(folder / "ledger.jsonl").charged() == {"counts": 1, "training": CONFIG.server.rounds}
+    assert ledger.Ledger(folder / "ledger.jsonl").charged() == {"popularity": 1, "counts": 1, "training": CONFIG.server.rounds}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"round-{CONFIG.server.rounds:06d}"]
     assert (folder / "report.json").exists()
 
 
 def test_the_reference_learned_something_in_every_part(never_killed: Reference):
     assert never_killed.learned.keys() == {
-        *(f"round-000006/{name}.safetensors" for name in ("counts", "optimizer", "training", "weights")),
+        *(f"round-000006/{name}.safetensors" for name in ("counts", "optimizer", "popularity", "training", "weights")),
         "node-000/user-vector.f32",
         "node-001/user-vector.f32",
     }
     assert all(any(raw) for raw in never_killed.learned.values())
-    assert len(never_killed.metrics) == 1 + CONFIG.server.rounds
+    assert len(never_killed.metrics) == 3 + CONFIG.server.rounds
 
 
 def test_at_least_thirty_kills_at_chosen_points(capsys: pytest.CaptureFixture[str]):

@@ -31,7 +31,7 @@ def recipe_of(privacy: PrivacyConfig, counts: CountsConfig | None = None) -> Rec
 
 UNDER_PLAN = declared_sums(recipe_of(PLAN), "training", 3)
 WITHOUT = declared_sums(recipe_of(PrivacyConfig()), "training", 3)
-CLIPPED_COUNTS = declared_sums(recipe_of(PLAN, CountsConfig(clip_norm=0.5)), "counts", 0)
+CLIPPED_COUNTS = declared_sums(recipe_of(PrivacyConfig(), CountsConfig(clip_norm=0.5)), "counts", 0)
 
 
 def update(*values: int) -> dict[str, Any]:
@@ -64,7 +64,22 @@ def test_counts_are_one_sparse_matrix_of_the_catalogue_and_its_padding():
     assert declared_sums(recipe_of(PrivacyConfig(), CountsConfig()), "counts", 0)["counts"].step == 2.0**-16
 
 
-@pytest.mark.parametrize("phase", ["counts", "audit", ""])
+def test_under_a_plan_counts_are_dense_so_that_no_upload_names_its_cells():
+    recipe = recipe_of(PLAN, CountsConfig(clip_norm=0.5, items=3))
+    assert declared_sums(recipe, "popularity", 0) == {"popularity": DeclaredSum("popularity", (5,), "dense", "int", 0.5, 2.0**-25, 0)}
+    assert declared_sums(recipe, "counts", 0) == {"counts": DeclaredSum("counts", (3, 3), "dense", "int", 0.5, 2.0**-25, 0)}
+    # Never more items than there are.
+    assert declared_sums(recipe_of(PLAN, CountsConfig(clip_norm=0.5, items=1000)), "counts", 0)["counts"].shape == (4, 4)
+    with pytest.raises(UploadRefused, match="wanted a dense array"):
+        check_manifest(cells((0, 1, 7), shape=(3, 3)), declared_sums(recipe, "counts", 0), most_users=1)
+
+
+def test_without_a_plan_no_histogram_leaves():
+    with pytest.raises(ConfigError, match="not in the recipe"):
+        declared_sums(recipe_of(PrivacyConfig(), CountsConfig(clip_norm=0.5)), "popularity", 0)
+
+
+@pytest.mark.parametrize("phase", ["counts", "popularity", "audit", ""])
 def test_a_phase_that_the_recipe_lacks_declares_nothing(phase: str):
     with pytest.raises(ConfigError, match="not in the recipe"):
         declared_sums(recipe_of(PLAN), phase, 3)

@@ -7,7 +7,7 @@ from oracles.gaussian_privacy import gaussian_epsilon
 
 from fedssl.config import CountsConfig, PrivacyConfig, ServerConfig
 from fedssl.errors import BudgetSpent, ConfigError
-from fedssl.privacy.accounting import epsilon, solve_noise
+from fedssl.privacy.accounting import combined_noise, epsilon, solve_noise
 from fedssl.privacy.plan import PhasePlan, Plan, SumPlan, make_plan
 
 SERVER = ServerConfig(rounds=20, cohort=50, sampling="poisson")
@@ -28,14 +28,17 @@ def test_without_noise_or_target_there_is_no_plan():
 
 
 def test_a_plan_owns_rate_denominator_clip_step_and_noise():
-    plan = plan_of(PrivacyConfig(clip_norm=1.5, noise_multiplier=2.0, counts_noise_multiplier=3.0, delta=1e-5), counts=COUNTS)
+    # A quarter of 1/z^2 to the histogram: twice the noise; the rest: 3 / sqrt(3/4), rounded up.
+    quarter = COUNTS.model_copy(update={"popularity_share": 0.25})
+    plan = plan_of(PrivacyConfig(clip_norm=1.5, noise_multiplier=2.0, counts_noise_multiplier=3.0, delta=1e-5), counts=quarter)
     assert plan.phases == (
-        PhasePlan("counts", 1, 1.0, 1000.0, (SumPlan("counts", 1.0, 2.0**-24, 3.0),)),
+        PhasePlan("popularity", 1, 1.0, 1000.0, (SumPlan("popularity", 1.0, 2.0**-24, 6.0),)),
+        PhasePlan("counts", 1, 1.0, 1000.0, (SumPlan("counts", 1.0, 2.0**-24, 3.4642),)),
         PhasePlan("training", 20, 0.05, 50.0, (SumPlan("update", 1.5, 2.0**-23, 2.0),)),
     )
     assert plan.expected_cohort("training") == 50.0
     assert plan.noise_std_in_steps("training", "update") == 2.0 * 1.5 * 2**23
-    assert plan.noise_std_in_steps("counts", "counts") == 3.0 * 2**24
+    assert plan.noise_std_in_steps("popularity", "popularity") == 6.0 * 2**24
 
 
 def test_epsilon_is_that_of_the_noise_actually_added():
@@ -47,8 +50,27 @@ def test_epsilon_is_that_of_the_noise_actually_added():
 def test_phases_compose_and_uncharged_ones_cost_nothing():
     plan = plan_of(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, counts_noise_multiplier=3.0, delta=1e-5), counts=COUNTS)
     assert plan.epsilon({}) == 0.0
-    assert plan.epsilon({"counts": 1}) == epsilon([(1.0, 3.0, 1)], 1e-5)
-    assert plan.epsilon({"counts": 1, "training": 20}) == epsilon([(1.0, 3.0, 1), (0.05, 2.0, 20)], 1e-5) == plan.promised
+    histogram, transitions = (plan.sum(name, name).noise_multiplier for name in ("popularity", "counts"))
+    assert plan.epsilon({"counts": 1}) == epsilon([(1.0, transitions, 1)], 1e-5)
+    all_of_it = {"popularity": 1, "counts": 1, "training": 20}
+    assert plan.epsilon(all_of_it) == epsilon([(1.0, histogram, 1), (1.0, transitions, 1), (0.05, 2.0, 20)], 1e-5) == plan.promised
+
+
+def test_histogram_and_transitions_cost_what_one_gaussian_of_the_given_noise_costs():
+    plan = plan_of(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, counts_noise_multiplier=3.0, delta=1e-5), counts=COUNTS)
+    spent = plan.epsilon({"popularity": 1, "counts": 1})
+    assert gaussian_epsilon(3.0, 1, 1e-5) * 0.999 < spent < gaussian_epsilon(3.0, 1, 1e-5) * 1.002
+
+
+@pytest.mark.parametrize(("target", "noise"), [(8.0, 0.6003), (2.0, 1.994)])
+def test_a_run_that_only_counts_spends_the_whole_target_on_one_gaussian_whose_noise_is_known(target: float, noise: float):
+    # Balle and Wang 2018, theorem 8, solved for the noise: 0.60027 and 1.99396.
+    plan = plan_of(PrivacyConfig(epsilon=target, delta=1e-5, clip_norm=1.0), ServerConfig(rounds=0, sampling="poisson"), COUNTS)
+    assert [phase.phase for phase in plan.phases] == ["popularity", "counts"]
+    both = combined_noise([phase.noise_multiplier for phase in plan.phases])
+    assert noise * 0.9995 < both < noise * 1.002
+    assert gaussian_epsilon(both, 1, 1e-5) <= target
+    assert target * 0.995 < plan.epsilon({"popularity": 1, "counts": 1}) <= target
 
 
 def test_several_sums_of_one_exchange_are_accounted_together():
@@ -69,8 +91,8 @@ def test_what_was_promised_is_affordable_and_nothing_more():
 
 def test_an_attempt_more_of_one_phase_is_paid_by_the_other():
     plan = plan_of(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, counts_noise_multiplier=8.0, delta=1e-5), counts=COUNTS)
-    plan.check_affordable({"counts": 1, "training": 0}, "counts", 1)
-    spent = {"counts": 2, "training": 0}
+    plan.check_affordable({"popularity": 1, "counts": 1, "training": 0}, "counts", 1)
+    spent = {"popularity": 1, "counts": 2, "training": 0}
     while True:
         try:
             plan.check_affordable(spent, "training", spent["training"] + 1)
@@ -91,7 +113,7 @@ def test_a_target_is_met_closely_and_never_exceeded(counts: CountsConfig | None)
 
 def test_counts_take_their_share_of_the_one_gaussian_that_spends_the_target():
     plan = plan_of(TARGET, MANY, COUNTS)
-    whole = plan.sum("counts", "counts").noise_multiplier * 0.85**0.5
+    whole = combined_noise([plan.sum(name, name).noise_multiplier for name in ("popularity", "counts")]) * 0.85**0.5
     assert gaussian_epsilon(whole, 1, 1e-5) == pytest.approx(2.0, rel=2e-3)
 
 

@@ -15,16 +15,18 @@ from small import KEYS, PLAN, deal, recipe_of, small_config, small_dataset, trai
 
 from fedssl.client_round import client_round
 from fedssl.config import RunConfig
-from fedssl.counts import sum_transitions
+from fedssl.counts import dense, sum_items, sum_transitions
+from fedssl.denoise import denoise
 from fedssl.errors import BudgetSpent, ConfigError
+from fedssl.lift import LiftTable
 from fedssl.privacy import accounting
 from fedssl.privacy.grid import grid_step
 from fedssl.privacy.keys import draw_cohort
 from fedssl.privacy.ledger import Ledger, begin_attempt, hmac_of_totals
 from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan, make_plan
-from fedssl.records import Address, Download, SparseSum
-from fedssl.server_round import KEPT_SIGMAS, ROWS_AT_ONCE, Release, State, finish_counts, first_state
+from fedssl.records import Address, Download
+from fedssl.server_round import ROWS_AT_ONCE, Release, State, finish_counts, first_state
 from fedssl.weights import ITEMS, to_numpy
 
 # The optimiser's memory is then the released mean itself. A cohort of a power of two keeps it exact in float32.
@@ -230,61 +232,79 @@ def test_a_phase_that_the_plan_does_not_account_for_cannot_run(tmp_path: Path):
 
 # ---- counts ----
 
-COUNTING = small_config(PLAN, PLAIN, {"counts": {"clip_norm": 0.5, "lags": 2}, "privacy": {"counts_noise_multiplier": 0.125}})
+COUNTING = small_config(PLAN, PLAIN, {"counts": {"clip_norm": 0.5, "lags": 2, "items": 30}, "privacy": {"counts_noise_multiplier": 0.125}})
 
 
-def counting(num_items: int) -> tuple[Any, Release, float]:
-    recipe = replace_items(num_items)
-    plan = plan_of(COUNTING)
-    return recipe, Release("counts", 1, 0, plan, KEYS.noise), plan.noise_std_in_steps("counts", "counts")
+def counting(num_items: int, items: int) -> tuple[Any, Release]:
+    recipe = recipe_of(COUNTING, small_dataset()).model_copy(update={"num_items": num_items})
+    assert recipe.counts is not None
+    recipe = recipe.model_copy(update={"counts": recipe.counts.model_copy(update={"items": items})})
+    return recipe, Release("counts", 1, 0, plan_of(COUNTING), KEYS.noise)
 
 
-def replace_items(num_items: int) -> Any:
-    return recipe_of(COUNTING, small_dataset()).model_copy(update={"num_items": num_items})
+def seen_by_denoise(monkeypatch: pytest.MonkeyPatch, recipe: Any, release: Release, totals: Any, popularity: Any) -> tuple[Any, ...]:
+    """What the server hands on of a counts round: the noised matrix first."""
+    told: list[tuple[Any, ...]] = []
+
+    def listen(*values: Any, **deviations: float) -> Any:
+        told.append((*values, deviations))
+        return denoise(*values, **deviations)
+
+    monkeypatch.setattr("fedssl.server_round.denoise", listen)
+    finish_counts(recipe, replace(first_state(recipe), popularity=popularity), totals, release)
+    return told[0]
 
 
-def test_every_cell_of_the_counts_is_noised_and_empty_ones_are_kept_only_by_chance():
-    recipe, release, std = counting(300)
-    state = finish_counts(recipe, first_state(recipe), {}, release)
-    assert state.counts is not None
-    kept = len(state.counts.values)
-    # One normal number of 741 lies beyond three deviations upward: of 90,000 cells 121, give or take.
-    assert 90_000 * 0.00135 * 0.6 < kept < 90_000 * 0.00135 * 1.4
-    assert state.counts.values.min() > KEPT_SIGMAS * std * STEP
-    assert state.counts.columns.min() >= 1 and state.counts.starts[1] == 0
-
-
-def test_full_cells_carry_independent_noise_of_the_planned_deviation():
-    num_items = 3 * ROWS_AT_ONCE
-    recipe, release, std = counting(num_items)
-    row, column = (axis.reshape(-1).astype(np.int32) for axis in np.mgrid[1 : num_items + 1, 1 : num_items + 1])
-    truth = round(20 * std)
-    total = SparseSum(row, column, np.full(row.shape, truth, dtype=np.int64), (num_items + 1, num_items + 1))
-    counts = finish_counts(recipe, first_state(recipe), {"counts": total}, release).counts
-    assert counts is not None and len(counts.values) == num_items**2
-    noise = (counts.values.astype(np.float64) / STEP - truth).reshape(num_items, num_items) / std
-    assert noise.std() == pytest.approx(1.0, abs=5 / np.sqrt(2 * noise.size))
-    blocks = [noise[start : start + ROWS_AT_ONCE - 1].reshape(-1) for start in range(0, num_items - ROWS_AT_ONCE, ROWS_AT_ONCE)]
+def test_every_cell_of_the_counts_carries_independent_noise_of_the_planned_deviation_empty_ones_too(monkeypatch: pytest.MonkeyPatch):
+    items = 3 * ROWS_AT_ONCE
+    recipe, release = counting(items, items)
+    truth = np.zeros((items, items), dtype=np.int64)
+    truth[::2] = 2**20
+    noised, *_, deviations = seen_by_denoise(monkeypatch, recipe, release, {"counts": truth}, np.zeros(items + 1, dtype=np.float32))
+    std = plan_of(COUNTING).noise_std_in_steps("counts", "counts") * STEP
+    assert deviations["noise"] == std
+    noise = (noised - truth * STEP) / std
+    for rows in (noise[::2], noise[1::2]):
+        assert rows.std() == pytest.approx(1.0, abs=5 / np.sqrt(2 * rows.size)) and abs(rows.mean()) < 5 / np.sqrt(rows.size)
+    blocks = [noise[start : start + ROWS_AT_ONCE].reshape(-1) for start in range(0, items, ROWS_AT_ONCE)]
     assert abs(np.corrcoef(blocks[0], blocks[1])[0, 1]) < 5 / np.sqrt(blocks[0].size)
 
 
-def test_released_counts_are_the_noised_total_beyond_three_deviations(tmp_path: Path):
+def test_what_is_denoised_is_the_total_of_everybody_between_the_items_met_most_with_the_noise_of_its_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     states, facts = trained(COUNTING, tmp_path)
-    assert (facts[0].phase, facts[0].users) == ("counts", 24)
-    assert states[1].charged == {"counts": 1} and states[-1].charged == {"counts": 1, "training": 4}
-    assert COUNTING.counts is not None
-    side = small_dataset().catalogue.num_items + 1
-    sparse, _ = sum_transitions(small_dataset().histories, np.arange(24), COUNTING.counts, num_items=side - 1, step=STEP)
-    std = plan_of(COUNTING).noise_std_in_steps("counts", "counts")
-    noised = gaussian_steps(KEYS.noise, phase="counts", round=1, attempt=0, name="counts", block=0, count=side * side, std_in_steps=std).reshape(side, side)
-    noised[sparse.rows, sparse.columns] += sparse.values
-    noised[0], noised[:, 0] = 0, 0
-    row, column = np.nonzero(noised > KEPT_SIGMAS * std)
-    counts = states[1].counts
-    assert counts is not None and len(row) > 20
-    assert np.array_equal(counts.columns, column)
-    assert np.array_equal(np.repeat(np.arange(side), np.diff(counts.starts)), row)
-    assert np.array_equal(counts.values, (noised[row, column] * STEP).astype(np.float32))
+    assert [(fact.phase, fact.users) for fact in facts[:2]] == [("popularity", 24), ("counts", 24)]
+    assert states[-1].charged == {"popularity": 1, "counts": 1, "training": 4}
+    data, config, plan = small_dataset(), COUNTING.counts, plan_of(COUNTING)
+    assert config is not None
+    side = data.catalogue.num_items + 1
+    histogram = sum_items(data.histories, np.arange(24), config, num_items=side - 1, step=STEP)
+    noise = {"phase": "popularity", "round": 1, "attempt": 0, "name": "popularity", "block": 0, "count": side}
+    histogram += gaussian_steps(KEYS.noise, **noise, std_in_steps=plan.noise_std_in_steps("popularity", "popularity"))  # type: ignore[arg-type]
+    found = states[1].popularity
+    assert found is not None and np.array_equal(found[1:], (histogram * STEP).astype(np.float32)[1:])
+
+    rows = np.sort(np.argsort(-histogram[1:], kind="stable")[:30] + 1)
+    total = dense(sum_transitions(data.histories, np.arange(24), config, num_items=side - 1, step=STEP, rows=rows)[0])
+    noise = {"phase": "counts", "round": 1, "attempt": 0, "name": "counts", "block": 0, "count": 900}
+    expected = total + gaussian_steps(KEYS.noise, **noise, std_in_steps=plan.noise_std_in_steps("counts", "counts")).reshape(30, 30)  # type: ignore[arg-type]
+    release = Release("counts", 1, 0, plan, KEYS.noise)
+    noised, popularity, chosen, *_ = seen_by_denoise(monkeypatch, recipe_of(COUNTING, data), release, {"counts": total}, found)
+    assert np.array_equal(noised, (expected * STEP).astype(np.float32))
+    assert np.array_equal(chosen, rows) and popularity is found
+    again = finish_counts(recipe_of(COUNTING, data), states[1], {"counts": total}, release).counts
+    assert isinstance(again, LiftTable) and isinstance(states[2].counts, LiftTable)
+    assert np.array_equal(again.lift, states[2].counts.lift)
+
+
+@pytest.mark.parametrize("shards", [3, [np.array([user]) for user in range(24)]], ids=["three nodes", "nodes of one user"])
+def test_nodes_of_any_size_release_the_same_counts(tmp_path: Path, shards: Any):
+    config = small_config(PLAN, {"counts": {"clip_norm": 0.5, "items": 30}, "privacy": {"counts_noise_multiplier": 0.125}, "server": {"rounds": 0}})
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    whole, split = (train(config, small_dataset(), folder=tmp_path / name, shards=pieces)[0] for name, pieces in (("a", 1), ("b", shards)))
+    assert isinstance(whole.counts, LiftTable) and isinstance(split.counts, LiftTable)
+    for name, array in vars(whole.counts).items():
+        assert np.array_equal(array, getattr(split.counts, name)), name
 
 
 def test_keys_show_in_no_text_of_a_run(tmp_path: Path):

@@ -87,7 +87,7 @@ def test_under_a_plan_keys_and_ledger_are_kept_and_the_metrics_do_not_tell_the_c
     first, *_, last = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
     assert set(last) == {"phase", "round", "attempt", "seconds", "epsilon", "researcher_only"}
     assert first["epsilon"] < last["epsilon"]
-    assert json.loads((folder / "checkpoints" / "round-000003" / "state.json").read_text())["charged"] == {"counts": 1, "training": 3}
+    assert json.loads((folder / "checkpoints" / "round-000003" / "state.json").read_text())["charged"] == {"popularity": 1, "counts": 1, "training": 3}
 
 
 def test_settings_that_changed_since_the_checkpoint_are_refused(tmp_path: Path):
