@@ -79,12 +79,12 @@ def _beside(folder: Path, state: State) -> Path:
 
 def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    for rest in [*folder.glob(".round-*.new"), *folder.glob(".round-*.old")]:
-        shutil.rmtree(rest, ignore_errors=True)  # A process was killed while it wrote or removed this one.
+    _sweep(folder)
     state, recipe = checkpoint.state, checkpoint.recipe
     target = folder / name_of(state)
     if target.exists():
         # Whole, by the guarantee, and of the same round: what would be written is what is there.
+        tidy_checkpoints(folder, state, keep=keep, best=best)
         return target
     beside = _beside(folder, state)
     beside.mkdir()
@@ -116,13 +116,25 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         sync(path)
     os.rename(beside, target)
     sync(folder)
+    tidy_checkpoints(folder, state, keep=keep, best=best)
+    return target
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a process left that was killed while it wrote or removed a checkpoint."""
+    for rest in [*folder.glob(".round-*.new"), *folder.glob(".round-*.old")]:
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def tidy_checkpoints(folder: Path, state: State, *, keep: int = 1, best: int = 0) -> None:
+    """Remove all checkpoints but the newest ``keep``, those of ``state`` and of training round ``best`` (0: none), and what a killed process left."""
+    _sweep(folder)
     for old in list_checkpoints(folder)[:-keep]:
-        if old != target and not (best and old.name == name_of_round(best)):
+        if old.name != name_of(state) and not (best and old.name == name_of_round(best)):
             # Renamed first: a removal takes many steps, and what is half removed must not look like a checkpoint.
             gone = folder / f".{old.name}.old"
             os.rename(old, gone)
             shutil.rmtree(gone, ignore_errors=True)
-    return target
 
 
 def put_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -160,6 +160,8 @@ HISTORIES = [
     once("in a checkpoint, before its rename", at(os, "rename", 2, "before", target=".new")),
     once("in a checkpoint, after its rename", at(os, "rename", 2, "after", target=".new")),
     once("before an old checkpoint is taken away", at(os, "rename", 1, "before", target=".old")),
+    once("after the last checkpoint, before the one before it is taken away", at(os, "rename", 3, "before", target=".old")),
+    once("after the last checkpoint, while the one before it is removed", at(os, "rename", 3, "after", target=".old")),
     once("while an old checkpoint is removed", at(os, "unlink", 3, "before", target="safetensors")),
     once("after an old checkpoint was removed", at(shutil, "rmtree", 1, "after", target=".old")),
     once("between journal and heads", in_heads(5, "before")),
