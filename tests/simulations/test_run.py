@@ -420,12 +420,12 @@ def test_under_a_plan_a_line_tells_nothing_that_was_not_released(private: Run):
     lines = read_lines(private.folder / "metrics.jsonl")
     for line in lines:
         assert public(line).keys() == {"phase", "round", "attempt", "seconds", "users", "epsilon"}
-        assert line["users"] == (24 if line["phase"] == "counts" else 12)
+        assert line["users"] == (12 if line["phase"] == "training" else 24)
     hidden = [line["researcher_only"] for line in lines]
     assert hidden[0].keys() == {"loss", "broken_users", "cohort", "upload_bytes", "download_bytes", "refused"}
-    assert {"loss", "update_norm", "cohort", "upload_bytes", "validation"} <= hidden[1].keys()
+    assert {"loss", "update_norm", "cohort", "upload_bytes", "validation"} <= hidden[2].keys()
     # The true cohorts differ from the expected one, and are there for the researcher.
-    assert [one["cohort"] for one in hidden[1:]] != [12, 12, 12]
+    assert [one["cohort"] for one in hidden[2:]] != [12, 12, 12]
 
 
 def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(private: Run):
@@ -438,34 +438,36 @@ def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(privat
 
 
 def test_the_reported_epsilon_is_that_of_all_charges_together(private: Run):
-    events = [(1.0, 2.0, 1), (0.5, 1.0, 3)]
-    assert private.report["privacy"]["epsilon"] == pytest.approx(accounting.epsilon(events, 1e-3))
+    noise = private.report["privacy"]["noise_multiplier"]
+    # 2.0 for both sums of the counts together: a twentieth of 1/z^2 to the histogram.
+    assert noise == {"popularity": pytest.approx(2.0 * 20**0.5, rel=1e-4), "counts": pytest.approx(2.0 * (20 / 19) ** 0.5, rel=1e-4), "update": 1.0}
+    counted = [(1.0, noise["popularity"], 1), (1.0, noise["counts"], 1)]
+    assert private.report["privacy"]["epsilon"] == pytest.approx(accounting.epsilon([*counted, (0.5, 1.0, 3)], 1e-3))
     lines = read_lines(private.folder / "metrics.jsonl")
-    partial = [accounting.epsilon([(1.0, 2.0, 1), (0.5, 1.0, count)], 1e-3) for count in range(4)]
+    partial = [accounting.epsilon(counted[:1], 1e-3), *(accounting.epsilon([*counted, (0.5, 1.0, count)], 1e-3) for count in range(4))]
     assert [line["epsilon"] for line in lines] == pytest.approx(partial)
-    assert private.report["privacy"]["noise_multiplier"] == {"counts": 2.0, "update": 1.0}
 
 
 def test_under_a_plan_a_resume_costs_nothing_more_and_ends_with_the_same_bytes(private: Run, tmp_path: Path):
     with pytest.raises(Crash):
-        run(PRIVATE.model_copy(update={"system": PRIVATE.system.model_copy(update={"checkpoint_every": 5})}), tmp_path / "run", on_progress=crash_at(2))
+        run(PRIVATE.model_copy(update={"system": PRIVATE.system.model_copy(update={"checkpoint_every": 5})}), tmp_path / "run", on_progress=crash_at(3))
     done = resume(tmp_path / "run", PRIVATE)
     assert learned(done.folder) == learned(private.folder)
-    assert done.state.charged == {"counts": 1, "training": 3}
+    assert done.state.charged == {"popularity": 1, "counts": 1, "training": 3}
     assert done.report["privacy"] == private.report["privacy"]
 
 
 @pytest.mark.parametrize("damage", ["gone", "behind", "changed"])
 def test_with_a_ledger_that_is_gone_behind_or_changed_nothing_is_trained_and_nothing_charged(damage: str, tmp_path: Path):
-    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(3))
-    assert read_checkpoint(list_checkpoints(stopped.folder / "checkpoints")[-1]).state.charged == {"counts": 1, "training": 2}
+    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(4))
+    assert read_checkpoint(list_checkpoints(stopped.folder / "checkpoints")[-1]).state.charged == {"popularity": 1, "counts": 1, "training": 2}
     path = stopped.folder / "ledger.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     if damage == "gone":
         path.unlink()
     else:
         changed = lines[-1].replace(b'"round":2', b'"round":1')
-        path.write_bytes(b"".join(lines[:3]) if damage == "behind" else b"".join([*lines[:-1], changed]))
+        path.write_bytes(b"".join(lines[:5]) if damage == "behind" else b"".join([*lines[:-1], changed]))
         assert path.read_bytes() != b"".join(lines)
     before = {file: file.read_bytes() for file in stopped.folder.rglob("*") if file.is_file()}
     with pytest.raises(RunFolderError, match="corrupt" if damage == "changed" else "behind"):
@@ -474,15 +476,15 @@ def test_with_a_ledger_that_is_gone_behind_or_changed_nothing_is_trained_and_not
 
 
 def test_a_resume_that_would_overspend_is_refused_and_releases_nothing(tmp_path: Path):
-    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(3))
+    stopped = run(PRIVATE, tmp_path / "run", should_stop=stop_after(4))
     ledger = Ledger(stopped.folder / "ledger.jsonl")
     ledger.charge("training", 2)
     before = learned(stopped.folder)
     with pytest.raises(BudgetSpent, match="round 3 would spend epsilon"):
         resume(stopped.folder, PRIVATE)
     assert learned(stopped.folder) == before
-    assert Ledger(stopped.folder / "ledger.jsonl").charged() == {"counts": 1, "training": 3}
-    assert [line["round"] for line in read_lines(stopped.folder / "metrics.jsonl")] == [1, 1, 2]
+    assert Ledger(stopped.folder / "ledger.jsonl").charged() == {"popularity": 1, "counts": 1, "training": 3}
+    assert [line["round"] for line in read_lines(stopped.folder / "metrics.jsonl")] == [1, 1, 1, 2]
 
 
 def test_a_plan_changed_before_the_first_checkpoint_is_refused_too(tmp_path: Path):
@@ -512,7 +514,7 @@ def test_two_private_runs_of_one_seed_have_other_noise(private: Run, tmp_path: P
 
 
 def test_a_private_run_goes_on_with_its_own_keys_or_not_at_all(tmp_path: Path):
-    stopped = simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset(), should_stop=stop_after(2))
+    stopped = simulate(PRIVATE, out=tmp_path / "run", dataset=small_dataset(), should_stop=stop_after(3))
     keys = (stopped.folder / "secrets" / "noise.key").read_bytes()
     assert simulate(resume=stopped.folder, dataset=small_dataset(), should_stop=stop_after(1)).state.round == 2
     assert (stopped.folder / "secrets" / "noise.key").read_bytes() == keys

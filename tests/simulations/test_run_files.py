@@ -62,7 +62,7 @@ def test_an_unknown_key_names_the_file_and_its_neighbour(tmp_path: Path):
     ("text", "words"),
     [
         ("[server]\nrounds = 'many'\n", r"\[server\] rounds = 'many'"),
-        ("[server]\nrounds = 0\n", r"\[server\] rounds = 0: .*greater than or equal to 1"),
+        ("[server]\nrounds = -1\n", r"\[server\] rounds = -1: .*greater than or equal to 0"),
         ("[server]\nrounds = 1.5\n", r"\[server\] rounds = 1.5"),
         ("[server]\nlr = nan\n", r"\[server\] lr = nan"),
         ("seed = 'x'\n", "seed = 'x'"),
