@@ -23,6 +23,9 @@ from fedssl.errors import ConfigError
 GRID = 1e-4
 """Discretisation of privacy losses: coarser grids overstate small epsilons of many rounds."""
 
+MIXTURE_GRID = 1e-3
+"""That of mixtures, of which every point is searched for: a coarser grid overstates, never the reverse."""
+
 _TAIL = 1e-15
 
 
@@ -66,25 +69,21 @@ def windows_epsilon(rate: float, noise_multiplier: float, count: int, delta: flo
 def event_epsilon(rate: float, noise_multiplier: float, count: int, delta: float, *, windows: int) -> float:
     """Epsilon for one event whose item is replaced by another, where at most ``windows`` windows read it, as input or as target.
 
-    Each of these is read on its own with chance ``rate`` in each of ``count`` steps. Two bounds hold, and the lower one is returned:
-
-      - all of them are taken away and others come: e^-epsilon of the one, and of the other (group privacy through the data without them);
-      - some of them is read with chance 1 - (1 - rate)^windows, and then a step's sum moves by up to 2 clips a window. A replacement can be told from
-        either side, so that direction of the sampled Gaussian that says more is taken both ways; as it stands, neither bounds what composes.
+    Each of these is read on its own with chance ``rate`` in each of ``count`` steps. All of them are taken away and others come: epsilon of the
+    one and of the other add up, through the data without either (group privacy; delta of the second weighs e^epsilon of the first). A replacement
+    can be told from either side, so no one direction of a sampled Gaussian of twice the clip bounds it once steps compose; without sampling it does.
 
     Guarantee: never below the truth. To delete or insert an event is another matter: it shifts the cuts of all later windows, and nothing is claimed.
-    Source of the second: Balle et al. 2018, https://arxiv.org/abs/1807.01647, theorem 2 (advanced joint convexity).
     """
     _check_windows(rate, count, windows)
-    if count == 0:
-        return 0.0
-    some = -math.expm1(windows * math.log1p(-rate)) if rate < 1 else 1.0
-    best = _epsilon_of(_one_round(some, noise_multiplier / (2 * windows))[0].both_ways().times(count), delta)
+    # Sampling only helps: without it the sum moves by up to two clips a window.
+    best = gaussian_epsilon(noise_multiplier / (2 * windows), count, delta)
+    if rate == 1 or count == 0:
+        return best
     removed, added = _of_windows(rate, noise_multiplier, count, windows)
     for share in np.geomspace(1e-3, 0.999, 16):
         first = _epsilon_of(removed, delta * share)
-        if first < best:
-            best = min(best, first + _epsilon_of(added, delta * (1 - share) * math.exp(-first)))
+        best = min(best, first + _epsilon_of(added, delta * (1 - share) * math.exp(-first)))
     return float(best)
 
 
@@ -191,28 +190,12 @@ def _first_guess(target: float, delta: float, q: float, n: int, others: Sequence
 
 @dataclass(frozen=True, eq=False)
 class _Losses:
-    """Privacy losses on the grid, in one direction: probability of (lowest + i) * GRID, and of an infinite loss."""
+    """Privacy losses on the grid, in one direction: probability of (lowest + i) * grid, and of an infinite loss."""
 
     lowest: int
     probs: NDArray[np.float64]
     infinite: float
-
-    def both_ways(self) -> _Losses:
-        """The losses of a pair that is as easy to tell apart either way as this one is in its own direction.
-
-        Its delta(epsilon) is this one's for epsilon >= 0, and what follows from that for the reverse pair below 0.
-        """
-        above = self.probs[max(1 - self.lowest, 0) :]
-        shift = max(self.lowest, 1)
-        losses = GRID * np.arange(shift, shift + len(above))
-        probs = np.zeros(2 * (shift + len(above)) - 1)
-        middle = len(probs) // 2
-        probs[middle + shift :] = above
-        probs[: middle - shift + 1] = (above * np.exp(-losses))[::-1]
-        rest = 1.0 - self.infinite - float(probs.sum())
-        assert rest > -1e-9, "no pair has these losses"
-        probs[middle] = max(rest, 0.0)
-        return _Losses(-middle, probs, self.infinite)
+    grid: float = GRID
 
     @cached_property
     def _orders(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -239,7 +222,7 @@ class _Losses:
         # The transform wraps around; what Chernoff lets wrap is counted as infinite loss.
         probs = np.roll(fft.irfft(power, size), -(first % size))[: last - first + 1]
         infinite = _TAIL - math.expm1(count * math.log1p(-self.infinite))
-        return _Losses(self.lowest * count + first, np.maximum(probs, 0.0), infinite)
+        return _Losses(self.lowest * count + first, np.maximum(probs, 0.0), infinite, self.grid)
 
     def plus(self, other: _Losses) -> _Losses:
         """The losses of both."""
@@ -254,19 +237,19 @@ class _Losses:
         from scipy import signal
 
         backwards = self.probs[::-1]
-        # The sum of p e^(epsilon - loss) obeys D_k = p_k + e^-GRID D_(k+1): a filter, in which nothing overflows.
-        discounted = signal.lfilter([1.0], [1.0, -math.exp(-GRID)], backwards)
+        # The sum of p e^(epsilon - loss) obeys D_k = p_k + e^-grid D_(k+1): a filter, in which nothing overflows.
+        discounted = signal.lfilter([1.0], [1.0, -math.exp(-self.grid)], backwards)
         return np.asarray(self.infinite + (np.cumsum(backwards) - discounted)[::-1])
 
     def delta_at(self, place: int) -> float:
-        """delta at epsilon = place * GRID."""
+        """delta at epsilon = place * grid."""
         index = place - self.lowest
         if index >= len(self.probs):
             return self.infinite
         if index < 0:
             # Below the lowest loss every p counts: p - p e^(epsilon - lowest) e^(lowest - loss).
             total = float(self.probs.sum())
-            return self.infinite + total - math.exp(index * GRID) * (total - float(self.deltas[0]) + self.infinite)
+            return self.infinite + total - math.exp(index * self.grid) * (total - float(self.deltas[0]) + self.infinite)
         return float(self.deltas[index])
 
 
@@ -282,7 +265,7 @@ def _epsilon_of(losses: _Losses, delta: float) -> float:
         low, high = (middle, high) if losses.delta_at(middle) > delta else (low, middle)
     # Between two points of the grid delta is a straight line in e^epsilon.
     above, below = losses.delta_at(low), losses.delta_at(high)
-    return low * GRID + math.log1p((above - delta) / (above - below) * math.expm1(GRID))
+    return low * losses.grid + math.log1p((above - delta) / (above - below) * math.expm1(losses.grid))
 
 
 @lru_cache(maxsize=1024)
@@ -327,14 +310,14 @@ def _of_windows(rate: float, z: float, count: int, windows: int) -> tuple[_Losse
     else:
         moves = np.arange(windows + 1)
         chances = stats.binom.pmf(moves, windows, rate)
-        made = privacy_loss_distribution.from_mixture_gaussian_mechanism(z, moves.astype(float), chances, value_discretization_interval=GRID)
-        removed, added = _read(made._pmf_remove), _read(made._pmf_add)
+        made = privacy_loss_distribution.from_mixture_gaussian_mechanism(z, moves.astype(float), chances, value_discretization_interval=MIXTURE_GRID)
+        removed, added = _read(made._pmf_remove, MIXTURE_GRID), _read(made._pmf_add, MIXTURE_GRID)
     return removed.times(count), added.times(count)
 
 
-def _read(pmf: Any) -> _Losses:
+def _read(pmf: Any, grid: float = GRID) -> _Losses:
     dense = pmf.to_dense_pmf()
-    return _Losses(int(dense._lower_loss), np.asarray(dense._probs, dtype=np.float64), float(dense._infinity_mass))
+    return _Losses(int(dense._lower_loss), np.asarray(dense._probs, dtype=np.float64), float(dense._infinity_mass), grid)
 
 
 def _power(values: NDArray[np.complex128], exponent: int) -> NDArray[np.complex128]:

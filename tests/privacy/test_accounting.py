@@ -1,14 +1,15 @@
 import math
 import time
 
+import numpy as np
 import pytest
 from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.gaussian_privacy import gaussian_delta, gaussian_epsilon, sampled_gaussian_deltas
+from oracles.gaussian_privacy import gaussian_delta, gaussian_epsilon, mixture_deltas, mixture_epsilon, sampled_gaussian_deltas
 
 from fedssl.errors import ConfigError
-from fedssl.privacy.accounting import GRID, _one_round, combined_noise, epsilon, solve_noise
+from fedssl.privacy.accounting import GRID, _one_round, combined_noise, epsilon, event_epsilon, solve_noise, windows_epsilon
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,60 @@ def test_asking_after_every_round_is_quick():
         epsilon([(0.0848, 1.15, n)], 1e-5)
     # 25 ms a query on a quiet core; the library's own composition takes 200.
     assert (time.process_time() - start) / 20 < 0.12
+
+
+def test_windows_read_one_by_one_are_a_binomial_mixture():
+    # Noise .5, rate .05, 5 windows, epsilon 1: delta is .081; were all five read together at that rate, .050.
+    assert mixture_deltas(1.0, 0.05, 0.5, np.arange(6.0), np.zeros(6)) == pytest.approx(0.081, abs=5e-4)
+    exact = mixture_deltas(1.0, 0.1, 1.5, np.arange(4.0), np.zeros(4))
+    assert windows_epsilon(0.1, 1.5, 1, exact, windows=3) == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize(("q", "z", "n", "windows"), [(0.1, 1.0, 20, 1), (0.3, 1.5, 10, 1), (0.2, 2.5, 8, 2), (1.0, 4.0, 3, 2)])
+def test_a_replaced_event_is_bounded_by_the_numerical_truth_of_windows_that_point_the_other_way(q: float, z: float, n: int, windows: int):
+    # The event's windows push one clip each one way, after the replacement the other way: a binomial mixture either side.
+    move = np.arange(windows + 1.0)
+    truth = mixture_epsilon(q, z, n, 1e-5, move, -move)
+    bound = event_epsilon(q, z, n, 1e-5, windows=windows)
+    assert truth - 2e-3 <= bound <= 1.3 * truth
+    # Without replacement there is less to see.
+    assert windows_epsilon(q, z, n, 1e-5, windows=windows) <= bound
+
+
+@pytest.mark.parametrize(("q", "z", "n", "windows"), [(0.1, 2.0, 10, 3), (1.0, 5.0, 4, 3)])
+def test_several_windows_cost_what_the_numerical_composition_of_their_mixture_costs(q: float, z: float, n: int, windows: int):
+    move = np.arange(windows + 1.0)
+    truth = max(mixture_epsilon(q, z, n, 1e-5, move, 0 * move), mixture_epsilon(q, z, n, 1e-5, 0 * move, move))
+    assert windows_epsilon(q, z, n, 1e-5, windows=windows) == pytest.approx(truth, abs=5e-3)
+
+
+def test_an_event_in_one_window_that_is_always_read_is_the_gaussian_of_twice_the_clip():
+    assert event_epsilon(1.0, 6.0, 10, 1e-5, windows=1) == pytest.approx(gaussian_epsilon(3.0, 10, 1e-5), abs=1e-3)
+    assert event_epsilon(0.3, 2.0, 0, 1e-5, windows=1) == 0.0
+    # So much is spent that the other bound has no digits left.
+    assert event_epsilon(0.25, 0.7, 50, 1e-5, windows=1) <= gaussian_epsilon(0.35, 50, 1e-5) + 1e-6
+
+
+@pytest.mark.parametrize("asked", [(0.0, 1.0, 1, 1), (1.5, 1.0, 1, 1), (0.1, 1.0, -1, 1), (0.1, 1.0, 1, 0)])
+def test_windows_that_cannot_be_are_refused(asked: tuple[float, float, int, int]):
+    rate, noise, count, windows = asked
+    for bound in (windows_epsilon, event_epsilon):
+        with pytest.raises(ValueError, match="wanted at least one window"):
+            bound(rate, noise, count, 1e-5, windows=windows)
+
+
+@pytest.mark.filterwarnings("ignore:Optimal order:UserWarning", "ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("q", "z", "n", "delta", "rdp", "prv"),
+    [(0.01, 1.0, 1000, 1e-5, 2.101, 1.838), (0.02, 1.5, 500, 1e-5, 1.514, 1.380), (1.0, 10.0, 100, 1e-5, 4.729, 4.387)],
+)
+def test_epsilon_lies_within_opacus_prv_bounds_and_below_its_rdp(q: float, z: float, n: int, delta: float, rdp: float, prv: float):
+    dp_sgd = pytest.importorskip("fedssl.privacy.dp_sgd", exc_type=ConfigError, reason="needs opacus: pip install 'fedssl[window-dp]'")
+    found = epsilon([(q, z, n)], delta)
+    by_prv = dp_sgd.opacus_epsilon([(q, z, n)], delta, bound="prv")
+    assert by_prv == pytest.approx(prv, abs=0.006)
+    # Its upper bound lies at most .01 above its estimate, and the estimate at most .01 from the truth.
+    assert by_prv - 0.03 < found < by_prv + 0.001
+    assert dp_sgd.opacus_epsilon([(q, z, n)], delta, bound="rdp") == pytest.approx(rdp, abs=0.006)
+    assert found < rdp
+    assert dp_sgd.opacus_epsilon([], delta, bound="prv") == 0.0
