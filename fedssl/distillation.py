@@ -51,7 +51,7 @@ def distil(recipe: Recipe, table: LiftTable, *, on_step: Callable[[int, float], 
         downhill = {name: torch.zeros_like(leaf) if slope is None else -slope for (name, leaf), slope in zip(weights.items(), slopes, strict=False)}
         downhill[ITEMS] -= looked_up.finish()[0]
         flat_P, memory = optimizer.step(flat_P, flatten(downhill, parts.layout), memory, learning_rate(schedule, step), step)
-        entropy = -(wanted_NLI * wanted_NLI.clamp(min=1e-30).log()).sum(-1).mean()
+        entropy = torch.special.entr(wanted_NLI).sum(-1).mean()
         on_step(step, float(loss.detach() - entropy))
     return {name: leaf.detach() for name, leaf in unflatten(flat_P, parts.layout).items()}
 
