@@ -29,7 +29,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [quality("ml-1m"), quality("beauty"), private(), throughput(), peers(), memory(), scale()]
+    parts = [quality("ml-1m"), quality("beauty"), private(), throughput(), peers(), memory(), scale(), kills()]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
 
@@ -173,6 +173,18 @@ def scale() -> str:
     if row:
         found.append(f"a round of 1,000 with heads {row['seconds'][0]:.2f} s from 10,000 users and {row['seconds'][1]:.2f} s from 1,000,000")
     return f"**A million users** (`python simulations/benchmarks/scale.py`): {'; '.join(found)}.\n" if found else ""
+
+
+def kills() -> str:
+    row = results.newest("kills")
+    if row is None:
+        return ""
+    return (
+        f"**Kills** (`python simulations/benchmarks/kills.py`): {row['kills']} `kill -9` at random moments of {row['runs']} private runs, each resumed "
+        f"until it ended; of {row['given_out']:,} releases and uploads {row['unknown_to_the_ledger']} that the ledger on disk did not know, "
+        f"{row['two_under_one_attempt']} that differed from another under the same charge, {row['other_than_never_killed']} files or charges other than "
+        "those of a run that was never killed.\n"
+    )
 
 
 if __name__ == "__main__":
