@@ -34,9 +34,12 @@ def main() -> None:
 
 
 def quality(preset: str) -> str:
-    rows = [(label, row) for name, label in QUALITY if (row := results.newest("quality", preset=preset, name=name)) is not None]
-    if not rows:
+    federated = results.newest("quality", preset=preset, name="federated, weights by positions")
+    if federated is None:
         return ""
+    # Rows of other settings are what the preset once was.
+    found = {name: results.newest("quality", preset=preset, name=name, settings=federated["settings"]) for name, _ in QUALITY}
+    rows = [(label, row) for name, label in QUALITY if (row := found[name]) is not None]
     lines = [
         f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
         f"seed {rows[0][1]['seed']}, {cores(rows)}; seconds are of training, with whatever else ran on the machine).",
@@ -51,7 +54,6 @@ def quality(preset: str) -> str:
             lines.append(line(f"{label}: encoder and counts", row["test"], row["seconds"]))
         else:
             lines.append(line(label, row["test"], row["seconds"]))
-    found = {name: results.newest("quality", preset=preset, name=name) for name, _ in QUALITY}
     central, equal, positions = found["central"], found["federated, equal weights, summed loss"], found["federated, weights by positions"]
     if positions is not None and "counts" in positions["test"].get("parts", {}):
         lines.append(line("the preset's item-to-item counts alone", positions["test"]["parts"]["counts"], None))
