@@ -29,7 +29,7 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [quality("ml-1m"), quality("beauty"), private(), throughput(), peers(), memory(), scale(), kills()]
+    parts = [quality("ml-1m"), quality("beauty"), private(), throughput(), peers(), workers(), memory(), scale(), kills()]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
 
@@ -149,6 +149,17 @@ def peers() -> str:
         cells = [f"{row['users_per_second'][name]:.0f} | {row['times'].get(name, 1):.1f}" for row in rows]
         lines.append(f"| {name} | {cohort} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def workers() -> str:
+    rows = [
+        row for name in ("one step, 256 negatives", "three steps, 256 negatives", "preset ml-1m, whole softmax") if (row := results.newest("workers", job=name))
+    ]
+    if not rows:
+        return ""
+    found = "; ".join(f"{row['job']}, cohort {row['cohort']}: {row['times_one']['2']:.2f}" for row in rows)
+    same = "the same bytes of weights for 1, 2 and 4" if all(row["same_bytes"] for row in rows) else "NOT the same bytes for 1, 2 and 4"
+    return f"**Both cores**: whole rounds with two worker processes are so many times as fast as with one (`python simulations/benchmarks/workers.py`; {same}): {found}.\n"
 
 
 def memory() -> str:
