@@ -159,7 +159,8 @@ def workers() -> str:
         return ""
     found = "; ".join(f"{row['job']}, cohort {row['cohort']}: {row['times_one']['2']:.2f}" for row in rows)
     same = "the same bytes of weights for 1, 2 and 4" if all(row["same_bytes"] for row in rows) else "NOT the same bytes for 1, 2 and 4"
-    return f"**Both cores**: whole rounds with two worker processes are so many times as fast as with one (`python simulations/benchmarks/workers.py`; {same}): {found}.\n"
+    what = "whole rounds with two worker processes are so many times as fast as with one"
+    return f"**Both cores**: {what} (`python simulations/benchmarks/workers.py`; {same}): {found}.\n"
 
 
 def memory() -> str:
