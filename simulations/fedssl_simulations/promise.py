@@ -57,11 +57,13 @@ def promise(privacy: Mapping[str, Any], config: Mapping[str, Any]) -> Promise:
         f"The unit is one {unit}: {'everything on their device' if unit == 'user' else 'what else is on the device is not covered'}. "
         f"Neighbouring data sets {_neighbours(stated)}."
     ]
+    what = ("Whatever is on a device" if is_local else "Taking part") if unit == "user" else f"One {unit} of a device"
+    sent = ("all that it sends" if unit == "user" else "all that the device sends") if is_local else "the released models"
     if _is_number(epsilon) and _is_number(stated.get("delta")):
         sentences.insert(
             0,
-            f"{'Whatever is on a device' if is_local else 'Taking part'} changes the probability of anything that can be concluded from "
-            f"{'all that it sends' if is_local else 'the released models'} by at most a factor of e^{epsilon:.4g}"
+            f"{what} changes the probability of anything that can be concluded from "
+            f"{sent} by at most a factor of e^{epsilon:.4g}"
             f"{f' (about {_about(math.exp(epsilon))})' if epsilon < 10 else ''}, except with probability {_short(stated['delta'])}.",
         )
     if _is_number(epsilon) and epsilon > 20:

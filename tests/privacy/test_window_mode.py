@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -15,9 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fedssl_client.trainer import train
+from fedssl_server.serve import serve
 from fedssl_simulations import run as run_module
+from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.report import write_report
 from fedssl_simulations.run import simulate
+from fedssl_simulations.run_files import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -27,6 +31,8 @@ from small import KEYS, dataset_of, learned, recipe_of, small_config, small_data
 from torch.func import grad, vmap
 
 from fedssl import client_round as client_module
+from fedssl.catalogue import write_catalogue
+from fedssl.checkpoints import list_checkpoints, read_checkpoint
 from fedssl.chunk_training import Chunk, ChunkJob
 from fedssl.client_round import Shard, client_round, write_shard
 from fedssl.config import RunConfig, TaskConfig
@@ -534,6 +540,8 @@ def test_a_simulated_run_reports_what_its_devices_were_charged_with_opacus_accou
     page = (tmp_path / "page.html").read_text()
     for words in ("training window", "Nobody is trusted with an update", "cut from its first event on", "The unit is one training window"):
         assert words in page
+    assert "One training window of a device changes the probability of anything that can be concluded from all that the device sends" in page
+    assert "Opacus" in page or "opacus" in page
 
 
 @pytest.mark.parametrize("more", [{}, {"system": {"shards": 2}}, {"local": {"steps": 2}}], ids=["plain", "two shards", "two steps"])
@@ -554,6 +562,24 @@ def test_worker_processes_change_no_byte(tmp_path: Path):
     with Workers(2) as pool:
         two = client_round(ask(), replace(shard_of(tmp_path / "2", is_simulated=True), pool=pool))
     assert to_bytes(one) == to_bytes(two)
+
+
+def test_served_to_devices_the_rounds_of_several_steps_are_those_of_the_simulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+    write_run(TWO_STEPS, folder / "run.toml")
+    write_catalogue(small_dataset().catalogue, folder / "catalogue.jsonl")
+    # Devices have keys of their own; here all have the simulation's, so that the bytes can be compared.
+    shards = {user: shard_of(tmp_path / f"device-{user}", [user]) for user in range(24)}
+    with InProcessGrid(handler_of(shards), {user + 1: {"partition-id": user} for user in shards}) as grid:
+        serve(grid, {user + 1: shard.users for user, shard in shards.items()}, folder)
+    served = read_checkpoint(list_checkpoints(folder / "checkpoints")[-1])
+    monkeypatch.setattr(run_module, "uuid4", lambda: SimpleNamespace(hex=served.run))
+    simulated = play(TWO_STEPS, tmp_path / "simulated")
+    assert served.state.weights_P.equal(simulated.state.weights_P)
+    assert served.state.charged == simulated.state.charged
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["epsilon"] == pytest.approx(simulated.report["privacy"]["epsilon"])
 
 
 def test_a_node_makes_its_key_trains_and_answers_again_with_the_same_bytes(tmp_path: Path):
