@@ -126,9 +126,6 @@ def once(name: str, *points: Sabotage) -> Kills:
 # Two nodes: additions 1 and 2 are of the histogram, 3 and 4 of the counts, 5 to 16 of the training's six rounds.
 PLACES = ((1, "before"), (2, "after"), (4, "before"), (4, "after"), (5, "after"), (8, "before"), (11, "after"), (16, "after"))
 ADD = [at(rounds, "add", call, when) for call, when in PLACES]
-    at(rounds, "add", call, when)
-    for call, when in ((1, "before"), (2, "after"), (4, "before"), (4, "after"), (5, "after"), (8, "before"), (11, "after"), (16, "after"))
-]
 HISTORIES = [
     once("before the run is written down", at(os, "replace", 1, "before", target="run.toml")),
     once("after the run is written down", at(os, "replace", 1, "after", target="run.toml")),
