@@ -121,7 +121,7 @@ class CountsConfig(Settings):
 class DistillationConfig(Settings):
     """An encoder taught by the released counts, on the server: post-processing, which costs no privacy."""
 
-    steps: int = Field(1500, ge=1, description="Batches of walks that the encoder learns from")
+    steps: int = Field(600, ge=1, description="Batches of walks that the encoder learns from")
     walks: int = Field(32, ge=1, description="Walks of a batch, drawn from the released table")
     length: int = Field(20, ge=2, description="Items of a walk; longer windows than that are never seen")
     lr: float = Field(0.003, gt=0.0, description="Adam's step size at its top; it warms up over 20 batches and decays to a fiftieth")
