@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -437,7 +437,12 @@ def membership(
         if not (quiet or as_json):
             typer.echo(f"shadow run {number} of {shadows} is there", err=True)
 
-    found = attack_membership(config, load_dataset(config.data), out / "shadows", shadows=shadows, processes=processes, on_done=say)
+    with _stop_after_this_round() as should_stop:
+        found = attack_membership(
+            config, load_dataset(config.data), out / "shadows", shadows=shadows, processes=processes, on_done=say, should_stop=should_stop
+        )
+    if found is None:
+        _fail("stopped; the same command goes on with the shadow runs that are there", 130)
     _finish_attack(found, out, as_json)
 
 
@@ -621,7 +626,7 @@ def _quality(progress: Progress) -> str:
     return f"validation NDCG@10 all {found['all']['ndcg@10']:.4f}, unseen {found['unseen']['ndcg@10']:.4f}"
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     typer.echo(message, err=True)
     sys.exit(code)
 

@@ -9,12 +9,12 @@ algorithm 1, with one variance for all users as section VI advises for few shado
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,16 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 
 
+class _Job(NamedTuple):
+    """One shadow run: the users of ``dataset`` who are members, under ``config`` with the seed moved on by ``number``."""
+
+    config: RunConfig
+    dataset: Dataset
+    folder: Path
+    is_member_U: Bools
+    number: int
+
+
 def attack_membership(
     config: RunConfig,
     dataset: Dataset,
@@ -50,35 +60,59 @@ def attack_membership(
     processes: int = 1,
     seed: int = 0,
     on_done: Callable[[int], None] = lambda number: None,
-) -> Found:
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Found | None:
     """True positive rate at 1 % false positives, and AUC, each with a 95 % interval bootstrapped over users.
 
     ``folder``: the shadow runs, each a run folder with the users' confidences; a later call with the same settings goes on with what is
-    there. ``on_done`` is called with the number of each run that is there. Raises ConfigError for an odd number of runs, or fewer than 4;
+    there. ``on_done`` is called with the number of each run that is there. ``should_stop`` is asked between rounds, or with several
+    processes between runs; None is returned where it stopped the attack. Raises ConfigError for an odd number of runs, or fewer than 4;
     RunFolderError where ``folder`` holds runs of other settings or data.
     """
     if shadows < 4 or shadows % 2:
         raise ConfigError(f"{shadows} shadow runs; wanted an even number from 4 on, so that every user takes part in half of them")
     _claim(folder, config, dataset, shadows, seed)
     member_RU = draw_members(shadows, dataset.histories.num_users, seed)
-    jobs = [(config, dataset, folder / f"shadow-{number:02d}", member_RU[number], number) for number in range(shadows)]
-    if processes == 1:
-        for job in jobs:
-            on_done(_shadow(*job))
-    else:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for done in as_completed([pool.submit(_shadow, *job) for job in jobs]):
-                on_done(done.result())
-    confidence_RU = np.stack([np.load(place / "confidence.npy") for _, _, place, _, _ in jobs])
-    reports = [json.loads((place / "report.json").read_text()) for _, _, place, _, _ in jobs]
+    jobs = [_Job(config, dataset, folder / f"shadow-{number:02d}", member_RU[number], number) for number in range(shadows)]
+    if not (_one_by_one(jobs, on_done, should_stop) if processes == 1 else _in_processes(jobs, processes, on_done, should_stop)):
+        return None
+    confidence_RU = np.stack([np.load(job.folder / "confidence.npy") for job in jobs])
+    reports = [json.loads((job.folder / "report.json").read_text()) for job in jobs]
     return _found(confidence_RU, member_RU, reports)
 
 
+def _one_by_one(jobs: Sequence[_Job], on_done: Callable[[int], None], should_stop: Callable[[], bool]) -> bool:
+    """Whether all runs are there."""
+    for job in jobs:
+        if should_stop() or not _shadow(job, should_stop):
+            return False
+        on_done(job.number)
+    return True
+
+
+def _in_processes(jobs: Sequence[_Job], processes: int, on_done: Callable[[int], None], should_stop: Callable[[], bool]) -> bool:
+    """Whether all runs are there. When asked to stop, those at work end their run and the others are not begun."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        waiting = list(jobs)
+        working: dict[Future[bool], _Job] = {}
+        try:
+            while working or (waiting and not should_stop()):
+                while waiting and len(working) < processes and not should_stop():
+                    job = waiting.pop(0)
+                    working[pool.submit(_shadow, job)] = job
+                for done in wait(working, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                    done.result()
+                    on_done(working.pop(done).number)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return not waiting
+
+
 def draw_members(runs: int, users: int, seed: int) -> Bools:
-    """Who takes part in which run, by chance; every user in exactly half of them. Shape: (R, U)."""
-    place_RU = np.random.default_rng(seed).random((runs, users)).argsort(0)
-    is_member_RU: Bools = place_RU < runs // 2
-    return is_member_RU
+    """Who takes part in which run: a random half of the users in one, all others in the next, so every user in half of the runs. Shape: (R, U)."""
+    rng = np.random.default_rng(seed)
+    halves = [rng.permutation(users) < users // 2 for _ in range(runs // 2)]
+    return np.stack([half for one in halves for half in (one, ~one)])
 
 
 def confidences(model: Recommender, histories: Histories) -> Floats:
@@ -111,14 +145,19 @@ def confidences(model: Recommender, histories: Histories) -> Floats:
 
 
 def likelihood_ratios(confidence_RU: Floats, member_RU: Bools) -> Floats:
-    """For each run and user the log of how much likelier that confidence is for a member, by the other runs. Shape: (R, U)."""
+    """For each run and user the log of how much likelier that confidence is for a member, by the other runs. Shape: (R, U).
+
+    A mean over n runs is itself uncertain, so a new confidence lies (1 + 1 / n) of the variance from it. The logarithm of that factor is left out: of a
+    member's runs one less is left, so it would only tell who has been taken out.
+    """
     ratio_RU = np.empty_like(confidence_RU)
     for run in range(len(confidence_RU)):
         others = np.arange(len(confidence_RU)) != run
         seen, is_in = confidence_RU[others], member_RU[others]
         mean_in, mean_out = (np.where(side, seen, 0.0).sum(0) / side.sum(0) for side in (is_in, ~is_in))
         variance = np.square(seen - np.where(is_in, mean_in, mean_out)).sum() / (seen.size - 2 * seen.shape[1])
-        ratio_RU[run] = (np.square(confidence_RU[run] - mean_out) - np.square(confidence_RU[run] - mean_in)) / (2 * variance)
+        spread_in, spread_out = (variance * (1 + 1 / side.sum(0)) for side in (is_in, ~is_in))
+        ratio_RU[run] = np.square(confidence_RU[run] - mean_out) / (2 * spread_out) - np.square(confidence_RU[run] - mean_in) / (2 * spread_in)
     return ratio_RU
 
 
@@ -137,24 +176,28 @@ def true_positives(score_N: Floats, is_member_N: Bools, *, false_alarms: float =
     return float((score_N[is_member_N] > threshold).mean())
 
 
-def _shadow(config: RunConfig, dataset: Dataset, folder: Path, is_member_U: Bools, number: int) -> int:
-    """One shadow run from wherever it stands, and the confidences of all users in its model. Returns its number."""
+def _shadow(job: _Job, should_stop: Callable[[], bool] = lambda: False) -> bool:
+    """One shadow run from wherever it stands, and the confidences of all users in its model. False where it was stopped before its end."""
+    folder, histories = job.folder, job.dataset.histories
     if (folder / "confidence.npy").exists():
-        return number
-    mine = replace(dataset, histories=take_users(dataset.histories, np.flatnonzero(is_member_U)))
+        return True
+    mine = replace(job.dataset, histories=take_users(histories, np.flatnonzero(job.is_member_U)))
     if not (folder / "report.json").exists():
         if (folder / "run.toml").exists():
-            simulate(resume=folder, dataset=mine)
+            run = simulate(resume=folder, dataset=mine, should_stop=should_stop)
         else:
-            system = config.system.model_copy(update={"workers": 1, "shards": 1})
-            simulate(config.model_copy(update={"seed": config.seed + number, "system": system}), out=folder, dataset=mine)
+            system = job.config.system.model_copy(update={"workers": 1, "shards": 1})
+            config = job.config.model_copy(update={"seed": job.config.seed + job.number, "system": system})
+            run = simulate(config, out=folder, dataset=mine, should_stop=should_stop)
+        if not run.is_finished:
+            return False
     report = json.loads((folder / "report.json").read_text())
     found = read_checkpoint(folder / "checkpoints" / report["model"]["checkpoint"])
     model = Recommender(found.recipe, found.state.released(found.recipe), found.state.counts)
     beside = folder / "confidence.new.npy"
-    np.save(beside, confidences(model, dataset.histories))
+    np.save(beside, confidences(model, histories))
     beside.replace(folder / "confidence.npy")
-    return number
+    return True
 
 
 def _claim(folder: Path, config: RunConfig, dataset: Dataset, shadows: int, seed: int) -> None:
