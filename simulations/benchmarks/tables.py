@@ -91,7 +91,8 @@ def private() -> str:
         found = [row["test"] for row in rows]
         cells = [_spread([one["all"] for one in found]), _spread([one["unseen"] for one in found])]
         for part in ("counts", "encoder"):
-            cells.append(" / ".join(_spread([one["parts"][part][which] for one in found]) for which in ("all", "unseen")))
+            has_part = all(part in one.get("parts", {}) for one in found)
+            cells.append(" / ".join(_spread([one["parts"][part][which] for one in found]) for which in ("all", "unseen")) if has_part else "")
         seconds = max(row["seconds"] for row in rows)
         lines.append(f"| `{preset}` | {stated['epsilon']:.3f} | {' | '.join(cells)} | {seconds:.0f} |")
     return "\n".join([*lines, ""]) if lines else ""
