@@ -125,7 +125,7 @@ def watch(log: Path) -> None:
         state, facts = real_round(*arguments)
         learned = [state.weights_P.numpy().tobytes(), repr(state.clip_norm).encode()]
         if state.counts is not None:
-            learned.append(state.counts.values.tobytes())
+            learned += [array.tobytes() for array in vars(state.counts).values()]
         tell(kind="release", phase=facts.phase, round=facts.round, attempt=facts.attempt, digest=sha256(b"".join(learned)).hexdigest())
         return state, facts
 
