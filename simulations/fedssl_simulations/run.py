@@ -7,6 +7,7 @@ and nodes that each host a shard of the users.
 from __future__ import annotations
 
 import json
+import math
 import platform
 import resource
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from fedssl.keeper import Keeper
 from fedssl.parts import make_parts
 from fedssl.privacy.keys import Keys, cohort_of_pass, make_keys, read_keys, users_per_round
 from fedssl.privacy.ledger import Ledger
+from fedssl.privacy.manifest import declared_sums
 from fedssl.privacy.plan import Plan, make_plan
 from fedssl.privacy.uploads import Device, UploadLedger
 from fedssl.recipe import Recipe, make_recipe
@@ -354,11 +356,20 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, rounds: int, 
             "seconds": seconds,
             "users_per_second": trained / seconds if seconds else 0.0,
             # What a device of one user sends and receives in a training round; a shard of many sends one sum for all of them.
-            "upload_bytes_per_user": 4 * num_weights + scalars,
-            "download_bytes_per_user": 4 * num_weights,
+            "upload_bytes_per_user": 4 * num_weights + scalars if recipe.server.rounds else 0,
+            "download_bytes_per_user": 4 * num_weights if recipe.server.rounds else 0,
+            **_counts_cost(recipe),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         },
     }
+
+
+def _counts_cost(recipe: Recipe) -> dict[str, int]:
+    """What a device of one user sends once to be counted, where that does not depend on its history: under a plan."""
+    if recipe.counts is None or not recipe.privacy.has_plan:
+        return {}
+    cells = (declared_sums(recipe, name, num_weights=0)[name].shape for name in ("popularity", "counts"))
+    return {"counts_upload_bytes_per_user": 4 * sum(math.prod(shape) for shape in cells)}
 
 
 def _check_same_data(folder: Path, about: dict[str, Any], dataset: Dataset) -> None:

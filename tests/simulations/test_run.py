@@ -435,6 +435,8 @@ def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(privat
     assert report["cost"]["users_trained"] == 3 * 12
     # The size of the model, whoever was asked and whatever their histories are.
     assert report["cost"]["upload_bytes_per_user"] == report["cost"]["download_bytes_per_user"] == 4 * private.state.weights_P.numel()
+    items = small_dataset().catalogue.num_items
+    assert report["cost"]["counts_upload_bytes_per_user"] == 4 * (items + 1 + items**2)
 
 
 def test_the_reported_epsilon_is_that_of_all_charges_together(private: Run):
