@@ -10,6 +10,7 @@ medians are compared, a user, because cohorts of secret coins differ in size.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from pathlib import Path
@@ -112,6 +113,8 @@ def main() -> None:
             "times_plain": times,
             "users_per_second_lost": slower,
             "rounds": arguments.rounds,
+            "load": round(os.getloadavg()[0], 1),
+            "cores": os.cpu_count(),
         }
         results.append("privacy_cost", {**row, "settings": results.settings_hash([config_of(kind).model_dump(mode="json") for kind in PRIVACY])})
 
