@@ -249,6 +249,28 @@ def recommend(
 
 
 @cli.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A folder like RUN/checkpoints/round-000120")],
+    out: Annotated[Path, typer.Option(help="Folder of the model; one that is there is replaced")],
+    format: Annotated[str, typer.Option(help="onnx, the only one")] = "onnx",
+) -> None:
+    """A model for a device: the encoder as ONNX, counts, recipe and catalogue; `fedssl device import` takes it.
+
+    Example: fedssl export runs/first/checkpoints/round-001805 --out model
+    """
+    from fedssl.checkpoints import read_checkpoint
+    from fedssl.device_model import write_device_model
+    from fedssl.weights import to_numpy
+
+    if format != "onnx":
+        raise typer.BadParameter(f"--format {format}: only onnx is written")
+    found = read_checkpoint(checkpoint)
+    state, recipe = found.state, found.recipe
+    write_device_model(out, recipe, to_numpy(state.released(recipe)), found.catalogue, state.counts, run=found.run, round=state.round)
+    typer.echo(f"{out}: {sum(path.stat().st_size for path in out.iterdir()) / 1e6:.1f} MB")
+
+
+@cli.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run folders")],
     out: Annotated[Path, typer.Option(help="The page")] = Path("page.html"),

@@ -62,6 +62,17 @@ def test_evaluate_prints_the_numbers_of_the_report(tiny: Path, capsys: pytest.Ca
     assert found["test"] == json.loads((tiny / "run" / "report.json").read_text())["test"]
 
 
+def test_an_exported_model_recommends_on_a_device_what_the_command_recommends(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    from fedssl_client.recommender import DeviceRecommender
+
+    assert fedssl("export", checkpoint(tiny), "--out", tiny / "model") == 0
+    device = DeviceRecommender(tiny / "model")
+    tokens = list(device.catalogue.tokens[:4])
+    capsys.readouterr()
+    assert fedssl("recommend", checkpoint(tiny), *(word for token in tokens for word in ("--item", token)), "-k", "5", "--json") == 0
+    assert [one["item"] for one in json.loads(capsys.readouterr().out)] == [one.item for one in device.recommend(tokens, k=5, exclude_seen=True)]
+
+
 def test_recommend_takes_tokens_and_gives_tokens_it_was_not_given(tiny: Path, capsys: pytest.CaptureFixture[str]):
     tokens = (tiny / "h.txt").read_text().splitlines()[0].split()[1:4]
     capsys.readouterr()
@@ -160,7 +171,7 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]):
-    for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
+    for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["export"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
         assert fedssl(*words, "--help") == 0
         assert "Example: fedssl" in capsys.readouterr().out
 
