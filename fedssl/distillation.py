@@ -24,7 +24,7 @@ from fedssl.server_optimizers import adam, learning_rate
 from fedssl.weights import ITEMS, Weights, flatten, unflatten
 
 
-def distil(recipe: Recipe, table: LiftTable, *, on_step: Callable[[int, float], None] = lambda step, loss: None) -> Weights:
+def distil(recipe: Recipe, table: LiftTable, *, on_step: Callable[[int, float], None] | None = None) -> Weights:
     """Weights of the recipe's encoder after `[distillation] steps` batches of walks. A function of the recipe and the table.
 
     ``on_step`` gets the step, from 1, and the loss beyond the table's own entropy: the Kullback-Leibler divergence, in nats.
@@ -51,8 +51,9 @@ def distil(recipe: Recipe, table: LiftTable, *, on_step: Callable[[int, float], 
         downhill = {name: torch.zeros_like(leaf) if slope is None else -slope for (name, leaf), slope in zip(weights.items(), slopes, strict=False)}
         downhill[ITEMS] -= looked_up.finish()[0]
         flat_P, memory = optimizer.step(flat_P, flatten(downhill, parts.layout), memory, learning_rate(schedule, step), step)
-        entropy = torch.special.entr(wanted_NLI).sum(-1).mean()
-        on_step(step, float(loss.detach() - entropy))
+        if on_step is not None:
+            entropy = torch.special.entr(wanted_NLI).sum(-1).mean()
+            on_step(step, float(loss.detach() - entropy))
     return {name: leaf.detach() for name, leaf in unflatten(flat_P, parts.layout).items()}
 
 
@@ -73,37 +74,48 @@ def first_items(table: LiftTable, width: int, *, seed: int) -> Tensor:
 
 
 class Teacher:
-    """What the table says after each step of a walk, and walks that follow it."""
+    """What the table says after each step of a walk, as `fedssl.lift.LiftScorer` would, and walks that follow it."""
 
     def __init__(self, table: LiftTable, config: CountsConfig):
-        # An item that was not counted says nothing: the last row.
+        # A place where nothing was counted yet says nothing: the last row.
         self._lift = torch.from_numpy(np.pad(table.lift, ((0, 1), (0, 0))))
         self._columns = torch.from_numpy(table.rows - 1)
         self._place_I = torch.full((table.num_items,), len(table.rows))
         self._place_I[self._columns] = torch.arange(len(table.rows))
         self._prior = torch.from_numpy(config.prior * table.log_popularity[1:])
-        self._start = torch.from_numpy(np.exp(table.log_popularity[1:].astype(np.float64)))
+        self._popularity = torch.from_numpy(np.exp(table.log_popularity[1:]))
         self._log_repeat = config.returns * float(table.log_repeat[0])
         self._config = config
 
     def walk(self, config: DistillationConfig, rng: torch.Generator) -> tuple[Tensor, Tensor]:
         """Walks in catalogue rows, (N, L), and what the table says after each step, probabilities (N, L, I).
 
-        The first item is drawn by popularity, each other by what the table says after those before it.
+        The first item is drawn by popularity, each other by what the table says after those before it. Items that were not counted
+        are passed over: the newest that were counted stay what they are.
         """
-        N, L, items = config.walks, config.length, len(self._start)
+        N, L, items, uncounted = config.walks, config.length, len(self._prior), len(self._columns)
         walks = torch.zeros(N, L, dtype=torch.long)
         said = torch.empty(N, L, items)
         repeat = torch.zeros(N, items)
-        here = torch.multinomial(self._start, N, replacement=True, generator=rng)
-        for place in range(L):
-            walks[:, place] = here
+        newest_NK = torch.full((N, self._config.context), uncounted)
+        here = draw(self._popularity.expand(N, items), rng)
+        for step in range(L):
+            walks[:, step] = here
             repeat[torch.arange(N), here] = self._log_repeat
-            lifts = torch.zeros(N, len(self._columns))
-            for back in range(min(self._config.context, place + 1)):
-                lifts.add_(self._lift[self._place_I[walks[:, place - back]]], alpha=self._config.context_decay**back)
+            place_N1 = self._place_I[here][:, None]
+            newest_NK = torch.where(place_N1 < uncounted, torch.cat([place_N1, newest_NK[:, :-1]], 1), newest_NK)
+            lifts = torch.zeros(N, uncounted)
+            for back in range(self._config.context):
+                lifts.add_(self._lift[newest_NK[:, back]], alpha=self._config.context_decay**back)
             scores = self._prior + repeat
             scores[:, self._columns] += lifts
-            said[:, place] = torch.softmax(scores, -1)
-            here = torch.multinomial(said[:, place], 1, generator=rng)[:, 0]
+            said[:, step] = torch.softmax(scores, -1)
+            here = draw(said[:, step], rng)
         return walks + 1, said
+
+
+def draw(share_NI: Tensor, rng: torch.Generator) -> Tensor:
+    """A place of each row, by its shares: one number a row, where `torch.multinomial` draws one a cell. Shape: (N,)."""
+    summed_NI = share_NI.double().cumsum(-1)
+    height_N1 = torch.rand(len(share_NI), 1, dtype=torch.float64, generator=rng) * summed_NI[:, -1:]
+    return torch.searchsorted(summed_NI, height_N1, right=True)[:, 0].clamp(max=share_NI.shape[1] - 1)
