@@ -1,8 +1,9 @@
-"""What is written, on the disk: whole or not there, waited for, and an error that says where it could not be."""
+"""What is on the disk: written whole or not there, waited for, erased to the last byte, and an error that says where that could not be."""
 
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,3 +53,14 @@ def write_whole(path: Path, text: str) -> None:
     """Write a text file: whole, or as it was. Raises DiskError."""
     with whole_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
+
+
+def erase_deleted(file: sqlite3.Connection, path: Path) -> None:
+    """Leave nothing of deleted rows in the bytes of a database: it is built anew, and its log emptied. Raises DiskError where it cannot be now."""
+    try:
+        for statement in ("PRAGMA temp_store = MEMORY", "PRAGMA wal_checkpoint(TRUNCATE)", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
+            answer = file.execute(statement).fetchone()
+            if answer is not None and answer[0]:
+                raise sqlite3.OperationalError("another process is using it")
+    except sqlite3.Error as error:
+        raise DiskError(f"{path}: rows are deleted, but their bytes are not all overwritten yet ({error}); make room and forget again") from None

@@ -7,6 +7,8 @@ It is charged before the data is read, and its answer is kept before it leaves:
 - charged but never answered (a crash): nothing has left, so the same noise may be drawn over what is there now;
 - another question is another upload: charged, with noise of its own.
 
+A device that joins a run whose noise the server adds is charged that run's whole epsilon at once, asked or not. Such epsilons are added up.
+
 Uploads with noise add up to one Gaussian: a user's sum of 1/z^2. Uploads that protect single training windows are counted apart, as steps of
 a rate and a noise: what they say of the whole user is not bounded here, while an upload that protects the user protects each window
 too. Each row carries an HMAC of itself and the row before, with
@@ -30,8 +32,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedssl.disk import writing
-from fedssl.errors import BudgetSpent, DataError, WireError
+from fedssl.disk import erase_deleted, writing
+from fedssl.errors import BudgetSpent, DataError, DiskError, WireError
 from fedssl.privacy import accounting
 from fedssl.privacy.keys import read_device_key, write_device_key
 from fedssl.records import Address, Download
@@ -70,6 +72,8 @@ class UploadLedger:
         self._steps: defaultdict[int, dict[tuple[float, float], int]] = defaultdict(dict)
         self._charged: dict[str, bytes] = {}
         self._answered: set[str] = set()
+        self._joined: dict[str, float] = {}
+        self._runs: dict[str, str] = {}
         self._chain, self._number = b"", 0
         try:
             if is_new:
@@ -78,6 +82,7 @@ class UploadLedger:
             self._file = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._file.execute("PRAGMA journal_mode = WAL")
             self._file.execute("PRAGMA synchronous = FULL")
+            self._file.execute("PRAGMA secure_delete = ON")
             if is_new or not self._file.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                 self._file.executescript(f"BEGIN; {_TABLES} PRAGMA user_version = {UPLOADS_FORMAT}; COMMIT;")
             form = self._file.execute("PRAGMA user_version").fetchone()[0]
@@ -153,6 +158,43 @@ class UploadLedger:
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: answers that nobody asks for again cannot be dropped ({error}), so nothing leaves; check space and rights") from None
 
+    def forget_answers(self) -> None:
+        """Drop all answers: they say much of the data. Their questions are not answered again, and what was charged stays charged."""
+        try:
+            self._file.execute("DELETE FROM answers")
+        except sqlite3.Error as error:
+            raise DiskError(f"{self.path}: kept answers cannot be dropped ({error}); make room and do it again") from None
+        erase_deleted(self._file, self.path)
+
+    def join(self, run: str, *, epsilon: float, delta: float, recipe: str) -> None:
+        """Charge a run's whole promise, on disk before this returns; once a run. ``recipe``: the hash of what it promised.
+
+        Raises WireError for a run that was joined under another recipe.
+        """
+        before = self._runs.get(run)
+        if before is None:
+            self._write("join", recipe, Address(run, "", 0), b"", epsilon, rate=delta)
+        elif before != recipe:
+            raise WireError("this run was joined under another recipe; a run keeps its recipe, so this is another run and needs another name")
+
+    def joined(self) -> dict[str, float]:
+        """Epsilon of each run that was joined; inf for one without a plan."""
+        return dict(self._joined)
+
+    @property
+    def head(self) -> tuple[int, bytes]:
+        """How many rows there are, and the chain of the last one: who keeps it elsewhere sees a ledger of yesterday (`check_holds`)."""
+        return self._number, self._chain
+
+    def check_holds(self, number: int, chain: bytes) -> None:
+        """Raises DataError where row ``number`` is not there, or is another: the file was put back to an older one."""
+        found = self._file.execute("SELECT chain FROM uploads WHERE number = ?", (number,)).fetchone()
+        if number and (found is None or not hmac.compare_digest(found[0], chain)):
+            raise DataError(
+                f"{self.path}: {self._number} rows, and not the one numbered {number} that was there before; the ledger was put back to an older one, "
+                "what was spent since is unknown, so nothing is trained. Put the newest one back"
+            )
+
     def spent(self, user: int, delta: float) -> float:
         """Epsilon, for the user, of all that was sent so far to protect users."""
         cost = self._cost.get(user, 0.0)
@@ -203,8 +245,11 @@ class UploadLedger:
         self._believe(values, chain)
 
     def _believe(self, values: list[Any], chain: bytes) -> None:
-        self._number, kind, question, _, _, _, users, cost, rate, steps = values
+        self._number, kind, question, run, _, _, users, cost, rate, steps = values
         self._chain = chain
+        if kind == "join":
+            self._joined[run], self._runs[run] = cost, question
+            return
         if kind == "answer":
             self._answered.add(question)
             return

@@ -208,3 +208,54 @@ def test_two_questions_are_one_only_where_all_is_equal_but_who_is_asked():
         replace(one, tensors={"b": weights["a"], "a": weights["b"]}),
     ]
     assert len({question_of(each) for each in [one, *others]}) == 1 + len(others)
+
+
+def test_a_run_that_is_joined_is_charged_whole_and_once(tmp_path: Path):
+    ledger = opened(tmp_path)
+    for _ in range(2):
+        ledger.join("first", epsilon=2.0, delta=1e-6, recipe="r" * 64)
+    ledger.join("open", epsilon=float("inf"), delta=1e-6, recipe="s" * 64)
+    for one in (ledger, opened(tmp_path, may_be_new=False)):
+        assert one.joined() == {"first": 2.0, "open": float("inf")}
+        assert one.head[0] == 2
+        with pytest.raises(WireError, match="joined under another recipe"):
+            one.join("first", epsilon=1.0, delta=1e-6, recipe="t" * 64)
+    # A run that was joined says nothing of uploads with noise.
+    assert ledger.spent(3, 1e-5) == 0.0
+    assert ledger.uploads() == {}
+
+
+def test_a_ledger_that_was_put_back_to_an_older_one_does_not_hold_what_was_there(tmp_path: Path):
+    ledger = opened(tmp_path)
+    ledger.check_holds(*ledger.head)
+    charge(ledger, "a")
+    ledger.close()
+    older = (tmp_path / "uploads.sqlite").read_bytes()
+    ledger = opened(tmp_path)
+    ledger.keep("a", HERE, b"upload")
+    head = ledger.head
+    charge(ledger, "b")
+    ledger.check_holds(*head)
+    ledger.close()
+    for rest in tmp_path.glob("uploads.sqlite-*"):
+        rest.unlink()
+    (tmp_path / "uploads.sqlite").write_bytes(older)
+    behind = opened(tmp_path)
+    with pytest.raises(DataError, match="put back to an older one"):
+        behind.check_holds(*head)
+    charge(behind, "c")  # As many rows, but another one.
+    with pytest.raises(DataError, match="put back to an older one"):
+        behind.check_holds(*head)
+
+
+def test_answers_that_are_forgotten_are_in_no_byte_of_the_files_and_are_never_given_again(tmp_path: Path):
+    ledger = opened(tmp_path)
+    for number in range(50):
+        charge(ledger, f"q{number}", round=number + 1)
+        ledger.keep(f"q{number}", replace(HERE, round=number + 1), b"UPLOADED" * 1000)
+    assert any(b"UPLOADED" in path.read_bytes() for path in tmp_path.iterdir())
+    ledger.forget_answers()
+    assert not any(b"UPLOADED" in path.read_bytes() for path in tmp_path.iterdir())
+    with pytest.raises(WireError, match="no longer kept"):
+        charge(ledger, "q1", round=2)
+    assert opened(tmp_path, may_be_new=False).uploads() == {3: 50, 5: 50}
