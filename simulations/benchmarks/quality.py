@@ -1,9 +1,10 @@
 """Recommendation quality, federated beside central and the recommenders that only count: same data, same protocol.
 
 Each federated number is one `simulate` run through Upload, integer sums and Grid. Rows are appended to
-results/quality.jsonl as they finish; a row that is there with the same settings is not run again (--again runs all).
+results/quality.jsonl as they finish; a row that is there with the same settings and seed is not run again (--again runs all).
+A federated row keeps its curve: validations of 2,000 users on the way, with the rounds, seconds and bytes until then.
 
-    python simulations/benchmarks/quality.py ml-1m         (needs ml-1m.inter.gz where $FEDSSL_DATA points)
+    python simulations/benchmarks/quality.py ml-1m --seed 1 2 3         (needs ml-1m.inter.gz where $FEDSSL_DATA points)
 """
 
 from __future__ import annotations
@@ -20,73 +21,86 @@ from fedssl_simulations.baselines import run_baselines
 from fedssl_simulations.run import Progress, simulate
 from fedssl_simulations.run_files import read_run
 
-from fedssl.config import RunConfig
+from fedssl.config import HeadConfig, RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset, load_dataset
 
+BASELINES = ("popularity", "markov", "log-lift counts", "each alone", "central")
+FEDERATED = "federated, weights by positions"
 EQUAL = "federated, equal weights"
 EQUAL_SUM = "federated, equal weights, summed loss"
-FEDERATED = "federated, weights by positions"
+CONTRAST = "federated, weights by positions, with contrast"
+HEAD = "federated, weights by positions, with a head"
+CURVE = 12
+"""Validations of a run, the one after the last round too."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="ml-1m")
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, nargs="+", default=[1])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--only", action="append", default=[], help="this row alone; may be repeated")
     parser.add_argument("--again", action="store_true", help="run rows that are there already")
     arguments = parser.parse_args()
-    config = read_run(arguments.preset, arguments.overrides, seed=arguments.seed)
-    dataset = load_dataset(config.data)
-    jobs: dict[str, Callable[[], dict[str, Any]]] = {
-        name: lambda name=name: run_baselines(config, dataset, names=(name,))[name]  # type: ignore[misc]
-        for name in ("popularity", "markov", "log-lift counts", "each alone", "central")
-    }
-    jobs[FEDERATED] = lambda: federated(config, dataset)
-    jobs[EQUAL] = lambda: federated(config.model_copy(update={"server": config.server.model_copy(update={"weighting": "equal"})}), dataset)
-    summed = {
-        "server": config.server.model_copy(update={"weighting": "equal"}),
-        "local": config.local.model_copy(update={"reduction": "sum"}),
-    }
-    jobs[EQUAL_SUM] = lambda: federated(config.model_copy(update=summed), dataset)
-    chosen = config.model_dump(mode="json", exclude={"system", "evaluation"}, exclude_defaults=True)
-    settings = results.settings_hash({"config": chosen, "data": dataset.histories.fingerprint})
+    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
     histories = dataset.histories
-    print(f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; settings {settings}")
-    print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")
-    for name, job in jobs.items():
-        if arguments.only and name not in arguments.only:
-            continue
-        row = None if arguments.again else results.newest("quality", name=name, settings=settings, seed=config.seed)
-        if row is None:
-            began = time.perf_counter()
-            found = job()
-            row = results.append(
-                "quality",
-                {
-                    "preset": arguments.preset,
-                    "name": name,
-                    "seed": config.seed,
-                    "settings": settings,
-                    "seconds": found.get("seconds", time.perf_counter() - began),
-                    "validation": found["validation"],
-                    "test": found["test"],
-                    "about": found.get("about"),
-                },
-            )
-        show(name, row)
+    for seed in arguments.seed:
+        config = read_run(arguments.preset, arguments.overrides, seed=seed)
+        chosen = config.model_dump(mode="json", exclude={"system", "evaluation", "seed"}, exclude_defaults=True)
+        settings = results.settings_hash({"config": chosen, "data": histories.fingerprint})
+        print(
+            f"{arguments.preset}: {histories.num_users:,} users, {dataset.catalogue.num_items:,} items, {histories.num_events:,} events; "
+            f"settings {settings}, seed {seed}"
+        )
+        print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")
+        for name, job in jobs(config, dataset).items():
+            if arguments.only and name not in arguments.only:
+                continue
+            row = None if arguments.again else results.newest("quality", name=name, settings=settings, seed=seed)
+            if row is None:
+                began = time.perf_counter()
+                found = job()
+                found.setdefault("seconds", time.perf_counter() - began)
+                row = results.append("quality", {"preset": arguments.preset, "name": name, "seed": seed, "settings": settings, **found})
+            show(name, row)
+
+
+def jobs(config: RunConfig, dataset: Dataset) -> dict[str, Callable[[], dict[str, Any]]]:
+    """How to get each row, by name. What the preset says stands, but for what the name says."""
+    server, tasks = config.server, config.task
+    equal = {"server": server.model_copy(update={"weighting": "equal"})}
+    variants: dict[str, dict[str, Any]] = {
+        FEDERATED: {"server": server.model_copy(update={"weighting": "positions"})},
+        EQUAL: equal,
+        EQUAL_SUM: {**equal, "local": config.local.model_copy(update={"reduction": "sum"})},
+        CONTRAST: {"task": (*tasks, TaskConfig(name="contrastive", weight=0.1, negatives=8))},
+        HEAD: {"head": HeadConfig(name="user-vector")},
+    }
+    baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
+    return {**baselines, **{name: lambda update=update: federated(config.model_copy(update=update), dataset) for name, update in variants.items()}}  # type: ignore[misc]
 
 
 def federated(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
+    """One run: its validation and test, what it cost, and its curve."""
+    curve: list[dict[str, Any]] = []
+    seconds = 0.0
+    every = max(config.server.rounds // CURVE, 1)
+    config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": every})})
+
     def said(progress: Progress) -> None:
+        nonlocal seconds
+        seconds += progress.facts.seconds
         if progress.validation is not None:
             found = progress.validation
+            curve.append({"round": progress.facts.round, "seconds": round(seconds, 3), **{which: found[which]["ndcg@10"] for which in ("all", "unseen")}})
             print(f"    round {progress.facts.round}: validation {pair(found)} loss {progress.facts.loss:.3f}", flush=True)
 
     with TemporaryDirectory() as folder:
         run = simulate(config, out=Path(folder) / "run", dataset=dataset, on_progress=said)
     cost = run.report["cost"]
-    return {"validation": run.report["validation"], "test": run.report["test"], "seconds": cost["seconds"], "about": cost}
+    for point in curve:
+        point["upload_bytes_a_user"] = round(cost["upload_bytes_per_user"] * config.server.cohort * point["round"] / dataset.histories.num_users)
+    return {"validation": run.report["validation"], "test": run.report["test"], "seconds": cost["seconds"], "about": cost, "curve": curve}
 
 
 def show(name: str, row: Mapping[str, Any]) -> None:

@@ -22,6 +22,8 @@ QUALITY = (
     ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
     ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
     ("federated, weights by positions", "**federated**, weights by positions"),
+    ("federated, weights by positions, with contrast", "**federated**, weights by positions, the contrastive task beside"),
+    ("federated, weights by positions, with a head", "**federated**, weights by positions, a user vector kept by each"),
 )
 
 
@@ -29,40 +31,47 @@ def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
-    parts = [quality("ml-1m"), quality("beauty"), private(), throughput(), peers(), workers(), memory(), scale(), kills()]
+    parts = [quality("ml-1m"), quality("beauty"), quality("ml-100k"), private(), throughput(), peers(), workers(), memory(), scale(), kills()]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
 
 def quality(preset: str) -> str:
-    federated = results.newest("quality", preset=preset, name="federated, weights by positions")
-    if federated is None:
+    """A preset's rows, each the mean over the seeds that were run, with the least and the most."""
+    newest = results.newest("quality", preset=preset, name="federated, weights by positions")
+    if newest is None:
         return ""
-    # Rows of other settings are what the preset once was.
-    found = {name: results.newest("quality", preset=preset, name=name, settings=federated["settings"]) for name, _ in QUALITY}
-    rows = [(label, row) for name, label in QUALITY if (row := found[name]) is not None]
+    # Rows of other settings are what the preset once was; of one seed the newest counts.
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name, _ in QUALITY}
+    for row in results.rows("quality"):
+        if (row["preset"], row["settings"]) == (preset, newest["settings"]) and row["name"] in found:
+            found[row["name"]][row["seed"]] = row
     lines = [
         f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
-        f"seed {rows[0][1]['seed']}, {cores(rows)}; seconds are of training, with whatever else ran on the machine).",
+        f"2 cores of {newest['cpu']}). Means over seeds (least to most); seconds are of training, by mean, with whatever else ran on the machine.",
         "",
-        "| recommender | `all` | `unseen` | seconds |",
-        "|---|---|---|---|",
+        "| recommender | `all` | `unseen` | seeds | seconds |",
+        "|---|---|---|---|---|",
     ]
-    for label, row in rows:
-        parts = row["test"].get("parts", {})
+    for name, label in QUALITY:
+        rows = list(found[name].values())
+        if not rows:
+            continue
+        parts = rows[0]["test"].get("parts", {})
         if "encoder" in parts:
-            lines.append(line(f"{label}: encoder alone", parts["encoder"], row["seconds"]))
-            lines.append(line(f"{label}: encoder and counts", row["test"], row["seconds"]))
+            lines.append(line(f"{label}: encoder alone", [row["test"]["parts"]["encoder"] for row in rows], rows))
+            lines.append(line(f"{label}: encoder and counts", [row["test"] for row in rows], rows))
         else:
-            lines.append(line(label, row["test"], row["seconds"]))
-    central, equal, positions = found["central"], found["federated, equal weights, summed loss"], found["federated, weights by positions"]
-    if positions is not None and "counts" in positions["test"].get("parts", {}):
-        lines.append(line("the preset's item-to-item counts alone", positions["test"]["parts"]["counts"], None))
+            lines.append(line(label, [row["test"] for row in rows], rows))
+    central, equal, positions = (found[name] for name in ("central", "federated, equal weights, summed loss", "federated, weights by positions"))
+    if "counts" in newest["test"].get("parts", {}):
+        lines.append(line("the preset's item-to-item counts alone", [row["test"]["parts"]["counts"] for row in positions.values()], []))
     said = []
-    if central is not None and equal is not None:
-        said.append(f"{share(equal['test']['parts']['encoder'], central['test'])} of central training (encoder alone)")
-    if positions is not None and equal is not None:
-        alone = share(equal["test"]["parts"]["encoder"], positions["test"]["parts"]["encoder"])
-        said.append(f"{share(equal['test'], positions['test'])} of weights by positions with the counts, {alone} without")
+    if set(central) & set(equal):
+        said.append(f"{share(equal, central)} of central training (encoder alone)")
+    if set(positions) & set(equal):
+        alone = share(equal, positions)
+        with_counts = f" with the counts, {alone} without" if "parts" in newest["test"] else ""
+        said.append(f"{share(equal, positions, whole=True)} of weights by positions{with_counts}")
     if said:
         lines += ["", f"Federated with equal weights (summed loss) reaches, `all` / `unseen`, {'; '.join(said)}."]
     return "\n".join([*lines, ""])
@@ -103,16 +112,23 @@ def _spread(found: list[Mapping[str, float]]) -> str:
     return f"{sum(values) / len(values):.4f} ({min(values):.4f} to {max(values):.4f})"
 
 
-def share(found: Mapping[str, Any], of: Mapping[str, Any]) -> str:
-    return " / ".join(f"{found[which]['ndcg@10'] / of[which]['ndcg@10']:.3f}" for which in ("all", "unseen"))
+def share(rows: Mapping[int, Mapping[str, Any]], of: Mapping[int, Mapping[str, Any]], *, whole: bool = False) -> str:
+    """The ratio of means over the seeds that both have, of the encoder alone or of the whole recommender."""
+    seeds = sorted(set(rows) & set(of))
+
+    def total(some: Mapping[int, Mapping[str, Any]], which: str) -> float:
+        tests = [some[seed]["test"] for seed in seeds]
+        return sum(float((test if whole else test.get("parts", {}).get("encoder", test))[which]["ndcg@10"]) for test in tests)
+
+    return " / ".join(f"{total(rows, which) / total(of, which):.3f}" for which in ("all", "unseen"))
 
 
-def line(label: str, found: Mapping[str, Any], seconds: float | None) -> str:
-    return f"| {label} | {found['all']['ndcg@10']:.4f} | {found['unseen']['ndcg@10']:.4f} | {'' if seconds is None else f'{seconds:.0f}'} |"
-
-
-def cores(rows: list[tuple[str, dict[str, Any]]]) -> str:
-    return f"2 cores of {rows[0][1]['cpu']}"
+def line(label: str, found: list[Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """A row of a table of quality. ``rows``: for the seeds and the seconds; none: both are left empty."""
+    cells = [f"{found[0][which]['ndcg@10']:.4f}" if len(found) == 1 else _spread([one[which] for one in found]) for which in ("all", "unseen")]
+    seeds = ", ".join(str(row["seed"]) for row in rows)
+    seconds = f"{sum(row['seconds'] for row in rows) / len(rows):.0f}" if rows else ""
+    return f"| {label} | {' | '.join(cells)} | {seeds} | {seconds} |"
 
 
 def throughput() -> str:
