@@ -5,10 +5,9 @@ Each replaces one function at its one home while a `planted` block is open, in t
 
 from __future__ import annotations
 
-import importlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +18,19 @@ from fedssl_server.rounds import Run
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedssl import counts
 from fedssl.chunk_training import ChunkJob
 from fedssl.local_training import Batch, Trained
 from fedssl.privacy.clipping import Clipped, GridTotal
 from fedssl.privacy.keys import cohort_by_coins, draw_cohort
+from fedssl.privacy.local_noise import LocalNoise
 from fedssl.privacy.plan import Plan
+from fedssl.privacy.window_chance import WindowChance
 from fedssl.server_round import ServerPhase
 from fedssl.tasks import Views
-from fedssl_simulations.attacks.audit import EVERYBODY, FALLS_BACK, SAMPLED, Audit, Scenario, audit, found_of
+from fedssl_simulations.attacks.audit import ADAPTIVE, COUNTS, EVERYBODY, FALLS_BACK, LOCAL, SAMPLED, SAMPLED_WINDOWS, WINDOWS, Audit, audit, found_of
 from fedssl_simulations.attacks.result import Found
+from fedssl_simulations.attacks.scenarios import CLIP_NORM, Scenario, replaced
 
 
 class Mistake(NamedTuple):
@@ -39,23 +42,13 @@ class Mistake(NamedTuple):
     scenario: Scenario
 
 
-@contextmanager
-def planted(mistake: Mistake) -> Iterator[None]:
+def planted(mistake: Mistake) -> AbstractContextManager[None]:
     """The mistake in place of the shipped function, until the block ends."""
-    module, _, path = mistake.home.partition(":")
-    *outer, name = path.split(".")
-    place: Any = importlib.import_module(module)
-    for part in outer:
-        place = getattr(place, part)
-    shipped = getattr(place, name)
-    setattr(place, name, mistake.wrong)
-    try:
-        yield
-    finally:
-        setattr(place, name, shipped)
+    return replaced(mistake.home, mistake.wrong)
 
 
 _add, _noise_std, _draw_cohort = GridTotal.add, Plan.noise_std_in_steps, draw_cohort
+_clipped_counts, _own_noise, _window_noise = counts._clipped, LocalNoise.steps, WindowChance.normal
 
 
 def _without_clip(self: GridTotal, trained: Trained, *, clip_norm: float, step: float, weight_U: Tensor) -> Clipped:
@@ -69,6 +62,29 @@ def _windows_as_weights(job: ChunkJob, batch: Batch, places_U: NDArray[np.int64]
 
 def _half_the_noise(self: Plan, *args: Any, **kwargs: Any) -> float:
     return _noise_std(self, *args, **kwargs) / 2
+
+
+def _noise_of_the_first_clip(self: Plan, phase: str, name: str, *, clip_norm: float | None = None) -> float:
+    return _noise_std(self, phase, name, clip_norm=clip_norm) * (1.0 if clip_norm is None or name != "update" else CLIP_NORM / clip_norm)
+
+
+def _counts_without_clip(
+    user: NDArray[np.int64], key: NDArray[np.int64], weight: NDArray[np.float64], num_users: int, clip_norm: float | None, step: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]:
+    assert clip_norm is not None
+    return _clipped_counts(user, key, weight, num_users, clip_norm * 1e6, step)
+
+
+def _half_of_a_users_noise(self: LocalNoise, *args: Any, **kwargs: Any) -> NDArray[np.int64]:
+    return _own_noise(self, *args, **kwargs) // 2
+
+
+def _half_of_a_devices_noise(self: WindowChance, *args: Any, **kwargs: Any) -> NDArray[np.float64]:
+    return _window_noise(self, *args, **kwargs) / 2
+
+
+def _every_window(self: WindowChance, user: int, step: int, count: int, rate: float) -> NDArray[np.int64]:
+    return np.arange(count)
 
 
 def _first_users(key: bytes, phase: str, round: int, attempt: int, num_users: int, rate: float) -> NDArray[np.int64]:
@@ -109,6 +125,11 @@ MISTAKES = (
     Mistake("a known cohort accounted as Poisson", "fedssl_server.rounds:draw_cohort", _first_users, SAMPLED),
     Mistake("a cohort from the public seed", "fedssl_server.rounds:_cohort", _coins_of_the_seed, SAMPLED),
     Mistake("a cohort kept for a second attempt", "fedssl_server.rounds:draw_cohort", _same_cohort_again, FALLS_BACK),
+    Mistake("the first clip's noise after it has grown", "fedssl.privacy.plan:Plan.noise_std_in_steps", _noise_of_the_first_clip, ADAPTIVE),
+    Mistake("counts without their clip", "fedssl.counts:_clipped", _counts_without_clip, COUNTS),
+    Mistake("half of a user's own noise", "fedssl.privacy.local_noise:LocalNoise.steps", _half_of_a_users_noise, LOCAL),
+    Mistake("half of a device's noise", "fedssl.privacy.window_chance:WindowChance.normal", _half_of_a_devices_noise, WINDOWS),
+    Mistake("windows read whatever the coins say", "fedssl.privacy.window_chance:WindowChance.chosen", _every_window, SAMPLED_WINDOWS),
 )
 
 
@@ -122,4 +143,4 @@ def audit_mistakes(folder: Path, *, canaries: int = 100_000, delta: float = 1e-5
             on_done(done)
             groups.append((mistake.name, [done]))
     found = found_of(groups, first_column="mistake")
-    return replace(found, attack="audit-mistakes", title=f"Planted mistakes, and what the audit says: {found.about['canaries']:,} canaries")
+    return replace(found, attack="audit-mistakes", title=f"Planted mistakes, and what the audit says: up to {found.about['canaries']:,} canaries")
