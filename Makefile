@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: help demo test lint format federation wheel-check docs clean
+.PHONY: help demo test lint format federation wheel-check docs proto clean
 .DEFAULT_GOAL := help
 
 help:  ## These lines
@@ -42,6 +42,9 @@ wheel-check: $(READY)  ## Install the wheel with all it needs for PYTHON in an e
 
 docs: $(READY)  ## Write docs/settings.md from the settings' classes
 	$(BIN)/python -m fedssl_simulations.settings_page > docs/settings.new && mv docs/settings.new docs/settings.md
+
+proto: $(READY)  ## Write what speaks the agent's language from client/fedssl_client/device.proto
+	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client fedssl_client/device.proto
 
 clean:  ## Remove the environment, the demo and what tools left behind; never runs/
 	rm -rf $(VENV) .ci-venv $(DEMO) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,9 +1,10 @@
-"""The ClientApp of a node: a thin door without torch. It hands a Download to a child process and brings its Upload back.
+"""The ClientApp of a node: a thin door without torch. It hands a Download on, and brings the Upload back.
 
-The folder with the person's data comes from the node's own config (``flower-supernode --node-config 'store="DIR"'``). Flower's
-simulation runtime writes that config itself, with a ``partition-id`` and no more; its nodes find ``node-<partition-id>`` in the
-folder that ``FEDSSL_STORES`` of their environment names. Never from the run config: that one the server writes. What a
-failure says to the server names no history and no path.
+On a person's device the node's own config names the agent's training socket, and how the device calls this server
+(``flower-supernode --node-config 'agent-socket="PATH" server="NAME"'``): all else is the agent's. A node without an agent, which hosts users for
+a trial, has a folder there (``store="DIR"``) and starts a child process on it. Flower's simulation runtime writes that config itself, with a
+``partition-id`` and no more; its nodes find ``node-<partition-id>`` in the folder that ``FEDSSL_STORES`` of their environment names. Never from
+the run config: that one the server writes. What a failure says to the server names no history and no path.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
+from numpy.typing import NDArray
 
 from fedssl import wire
 from fedssl.errors import ConfigError, FedSSLError, WireError
@@ -30,7 +33,9 @@ def train(message: Message, context: Context) -> Message:
     try:
         download = wire.to_bytes(wire.download_from_record_dict(message.content))
         # From now on and not from when it was sent: the server's clock and this device's may be hours apart.
-        upload = run_trainer(download, _store(context), seconds=message.metadata.ttl)
+        seconds = message.metadata.ttl
+        agent = _agent(context)
+        upload = run_trainer(download, _store(context), seconds=seconds) if agent is None else ask_agent(download, *agent, seconds=seconds)
         return Message(wire.to_record_dict(wire.upload_from_bytes(upload)), reply_to=message)
     except FedSSLError as error:
         return _failed(message, error)
@@ -40,13 +45,41 @@ def train(message: Message, context: Context) -> Message:
 def hello(message: Message, context: Context) -> Message:
     """Say which users this node hosts, and which formats it reads."""
     try:
-        return Message(wire.hello_to_record_dict(wire.Hello(users_of(Path(_store(context))))), reply_to=message)
+        agent = _agent(context)
+        users = users_of(Path(_store(context))) if agent is None else users_of_agent(agent[0])
+        return Message(wire.hello_to_record_dict(wire.Hello(users)), reply_to=message)
     except FedSSLError as error:
         return _failed(message, error)
 
 
 class TrainerFailed(FedSSLError):
-    """The child process brought no Upload. Its words were chosen by the child and may leave the node."""
+    """The child process, or the agent, brought no Upload. Its words were chosen there and may leave the node."""
+
+
+def ask_agent(download: bytes, socket: str, server: str, *, seconds: float) -> bytes:
+    """The Upload that the agent at ``socket`` gives. Raises TrainerFailed with the agent's words: the policy's reasons, or that it is not now.
+
+    Raises AgentError, whose words stay here, where no agent answers.
+    """
+    from fedssl_client.connection import AgentError, StatusCode, connect
+
+    its_own = (StatusCode.PERMISSION_DENIED, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED)
+    try:
+        with connect(f"unix:{socket}", "Training") as agent:
+            upload: bytes = agent.ask("Train", seconds=seconds, fields={"server": server, "download": download, "seconds": seconds}).upload
+            return upload
+    except AgentError as error:
+        if error.code not in its_own:
+            raise  # gRPC's words name the path.
+        raise TrainerFailed(str(error)) from None
+
+
+def users_of_agent(socket: str) -> NDArray[np.int64]:
+    """The users of an agent's device. Raises AgentError."""
+    from fedssl_client.connection import connect
+
+    with connect(f"unix:{socket}", "Training") as agent:
+        return np.array(agent.ask("Hello").users, dtype=np.int64)
 
 
 def run_trainer(download: bytes, store: str, *, seconds: float) -> bytes:
@@ -61,6 +94,16 @@ def run_trainer(download: bytes, store: str, *, seconds: float) -> bytes:
     if done.returncode != 0:
         raise TrainerFailed(f"the training process ended with {done.returncode} (a negative number: by that signal); the node's own log may say more")
     return done.stdout
+
+
+def _agent(context: Context) -> tuple[str, str] | None:
+    """The agent's training socket and this server's name on the device; None for a node without an agent."""
+    socket, server = context.node_config.get("agent-socket"), context.node_config.get("server")
+    if socket is None:
+        return None
+    if not isinstance(socket, str) or not isinstance(server, str) or not socket or not server:
+        raise ConfigError('a node with an agent names its socket and the server: --node-config \'agent-socket="PATH" server="NAME"\'')
+    return socket, server
 
 
 def _store(context: Context) -> str:

@@ -41,6 +41,7 @@ class Allow(Settings):
         allow_inf_nan=True,
         description="Most epsilon over all runs together; a run without a plan is refused. inf: no bound, a run without a plan may join",
     )
+    window_plans: bool = Field(False, description="A plan may promise single training windows, which is less than it would promise the person")
     most_delta: float = Field(1e-4, gt=0.0, description="Most delta of a run's plan")
 
 
@@ -136,6 +137,8 @@ def refusals(policy: Policy, recipe: Recipe, server: str, *, spent: float = 0.0)
     if privacy.has_plan and allow.least_noise and privacy.noise_multiplier < allow.least_noise:
         told = f"noise {privacy.noise_multiplier:g}" if privacy.noise_multiplier else "noise that the recipe does not say"
         found.append(f"{told}, and [allow] least_noise is {allow.least_noise:g}")
+    if privacy.is_by_window and not allow.window_plans:
+        found.append("its plan protects single training windows, and [allow] window_plans is false")
     if privacy.has_plan and privacy.delta > allow.most_delta:
         found.append(f"delta {privacy.delta:g}, and [allow] most_delta is {allow.most_delta:g}")
     if not math.isinf(allow.most_epsilon):

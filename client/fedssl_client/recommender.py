@@ -36,22 +36,27 @@ class DeviceRecommender:
 
     def __init__(self, folder: Path):
         model = read_device_model(folder)
-        self.recipe, self.catalogue = model.recipe, model.catalogue
+        self.recipe, self.catalogue, self._encoder = model.recipe, model.catalogue, model.encoder
+        self._counts: CountsScorer | LiftScorer | None = None
+        if model.counts is not None and self.recipe.counts is not None:
+            self._counts = (LiftScorer if isinstance(model.counts, LiftTable) else CountsScorer)(model.counts, self.recipe.counts)  # type: ignore[arg-type]
+        self._no_head = np.zeros(self.recipe.encoder.width, dtype=np.float32)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the encoder anew: a training may have left newer weights. Raises CheckpointError, and then goes on with those at hand."""
         options = onnxruntime.SessionOptions()
         # One short history at a time: threads that wait for more would only take memory and power.
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(model.encoder), options, providers=["CPUExecutionProvider"])
-            about = self._session.get_modelmeta().custom_metadata_map
-            self.run, self.round = about["run"], int(about["round"])
+            session = onnxruntime.InferenceSession(str(self._encoder), options, providers=["CPUExecutionProvider"])
+            about = session.get_modelmeta().custom_metadata_map
+            run, round = about["run"], int(about["round"])
         except Exception as error:  # What onnxruntime raises has no common base.
-            raise CheckpointError(f"{model.encoder}: cannot be read as a model ({error}); write it again with `fedssl export`") from None
-        self._counts: CountsScorer | LiftScorer | None = None
-        if model.counts is not None and self.recipe.counts is not None:
-            self._counts = (LiftScorer if isinstance(model.counts, LiftTable) else CountsScorer)(model.counts, self.recipe.counts)  # type: ignore[arg-type]
-        self._no_head = np.zeros(self.recipe.encoder.width, dtype=np.float32)
+            raise CheckpointError(f"{self._encoder}: cannot be read as a model ({error}); write it again with `fedssl export`") from None
+        self._session, self.run, self.round = session, run, round
 
     def rows(self, items: Sequence[str]) -> NDArray[np.int64]:
         """Catalogue rows of these items, in order. Items that this catalogue does not list are left out."""

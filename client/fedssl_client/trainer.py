@@ -7,16 +7,15 @@ arrives on standard input, the Upload leaves on standard output. Standard error 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import traceback
 from pathlib import Path
 
 from fedssl.client_round import Shard, client_round, open_shard
-from fedssl.errors import FedSSLError, WireError
+from fedssl.errors import WireError
 from fedssl.parts import foreign_names
 from fedssl.records import Download, Upload
 from fedssl.wire import download_from_bytes, to_bytes
+from fedssl_client.child import answer_standard_input
 from fedssl_client.store import allowed_parts, locked
 
 
@@ -50,26 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Answer one download; started by the ClientApp")
     parser.add_argument("--store", required=True, help="the node's folder")
     store = parser.parse_args().store
-    # Whatever the training prints goes to the log: a line on standard output would spoil the Upload.
-    reply = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    with reply:
-        try:
-            reply.write(train(sys.stdin.buffer.read(), store))
-        except Exception as error:
-            if isinstance(error, FedSSLError):
-                print(f"error: {error}", file=sys.stderr)
-            else:
-                traceback.print_exc()
-            reply.write(public_reason(error).encode())
-            return 1
-    return 0
-
-
-def public_reason(error: Exception) -> str:
-    """What of a failure may leave the node: the words of a WireError are about the server's own bytes, others may quote a history."""
-    name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, WireError) else f"{name} on the node; its own log says more"
+    return answer_standard_input(lambda data: train(data, store))
 
 
 if __name__ == "__main__":

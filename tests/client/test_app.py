@@ -7,11 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import device
 import numpy as np
 import pytest
 from fedssl_client import app as door
+from fedssl_client.child import public_reason
+from fedssl_client.device_trainer import train as train_device
+from fedssl_client.service import serving
 from fedssl_client.store import locked, users_of
-from fedssl_client.trainer import answer, public_reason, train
+from fedssl_client.trainer import answer, train
 from fedssl_simulations.grids import InProcessGrid
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
@@ -183,3 +187,22 @@ def test_a_part_of_another_package_is_followed_only_where_the_owner_lists_it(sto
     settings = json.loads((store / "node.json").read_text())
     (store / "node.json").write_text(json.dumps({**settings, "parts": ["fedssl.server_optimizers:sgd"]}))
     assert wire.upload_from_bytes(train(asked, str(store))).sums["update"].any()
+
+
+def test_a_node_with_an_agent_asks_it_and_brings_back_its_words(tmp_path: Path):
+    recipe = device.recipe_of()
+    folder = device.make_device(tmp_path / "d", recipe)
+    other = device.make_device(tmp_path / "e", recipe)
+    config: dict[str, str] = {"agent_socket": str(folder / "training" / "train.sock"), "server": device.SERVER}
+    download = device.download_of(recipe)
+    with serving(folder):
+        assert wire.hello_from_record_dict(ask(RecordDict(), "query.hello", None, **config).content).users.tolist() == [device.USER]
+        reply = ask(wire.to_record_dict(download), "train", None, **config)
+        assert not reply.has_error(), reply.error
+        assert wire.to_bytes(wire.upload_from_record_dict(reply.content)) == train_device(wire.to_bytes(download), other, device.SERVER)
+        reply = ask(wire.to_record_dict(download), "train", None, agent_socket=config["agent_socket"], server="stranger")
+        assert reply.error.reason == "this device's person has not agreed to train for this server"
+        assert ask(wire.to_record_dict(download), "train", None, agent_socket=config["agent_socket"]).error.reason.startswith("ConfigError")
+    # Nobody is there: no path leaves.
+    assert "d/training" not in str(ask(wire.to_record_dict(download), "train", None, **config).error.reason)
+    assert ask(RecordDict(), "query.hello", None, **config).has_error()

@@ -49,6 +49,11 @@ def test_a_recipe_inside_the_policy_is_followed():
         ({}, {"privacy": {**PLAN, "fleet_users": 10}}, "its noise is that of a larger fleet and too little for this one; only a simulation may ask that"),
         ({"least_noise": 1.0}, {}, "noise that the recipe does not say, and [allow] least_noise is 1"),
         ({"least_noise": 9.0, "most_epsilon": 99}, {"privacy": {"clip_norm": 1.0, "noise_multiplier": 8.0}}, "noise 8, and [allow] least_noise is 9"),
+        (
+            {},
+            {"privacy": {**PLAN, "mode": "window"}, "server": {"sampling": "passes"}},
+            "its plan protects single training windows, and [allow] window_plans is false",
+        ),
         ({}, {"privacy": {**PLAN, "delta": 0.001}}, "delta 0.001, and [allow] most_delta is 0.0001"),
         ({"most_epsilon": 1.5}, {}, "epsilon 2, and [allow] most_epsilon is 1.5"),
         ({}, {"privacy": {}}, "no privacy plan, and [allow] most_epsilon is 8"),

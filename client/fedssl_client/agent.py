@@ -1,0 +1,206 @@
+"""What the resident agent of a device does, without the sockets: record, recommend, forget, and have a child train. Never torch."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedssl import __version__
+from fedssl.device_model import ENCODER_FILE, settle
+from fedssl.errors import FedSSLError
+from fedssl.heads.store import HeadStore
+from fedssl_client.device_folder import HISTORY, MODEL, heads_folder, opened_ledger
+from fedssl_client.gates import platform_of
+from fedssl_client.history import HistoryStore, now
+from fedssl_client.policy import OutsidePolicy, Policy, read_policy
+from fedssl_client.recommender import DeviceRecommender, Recommendation
+from fedssl_client.training import Trainer, command_of
+
+DEFAULT_K = 10
+
+
+class NoModel(FedSSLError):
+    """There is nothing to recommend with yet."""
+
+
+class Agent:
+    """The agent of the device in ``folder``. Its methods may be called from many threads.
+
+    ``command``: what trains, given the server's name. Raises ConfigError without a policy, DataError for a history or a ledger that cannot be trusted.
+    """
+
+    def __init__(self, folder: Path, *, command: Callable[[str], list[str]] | None = None):
+        self.folder = folder
+        self.policy = read_policy(folder)
+        self._history = HistoryStore(folder / HISTORY)
+        with opened_ledger(folder, self._history):
+            pass  # One that is missing or was put back shows at the start, not at the first training.
+        self._trainer = Trainer(folder, platform_of(self.policy.gates), command or command_of(folder))
+        self._model_lock = threading.Lock()
+        self._recommender: DeviceRecommender | None = None
+        self._head: NDArray[np.float32] | None = None
+        self.load_model()
+
+    def record(self, item: str, when: float | None, value: float | None) -> None:
+        """Keep something the person met; on the disk when this returns. Raises DataError for what is no event, DiskError."""
+        self._history.record(item, now() if when is None else when, 1.0 if value is None else value, self.policy.retention)
+
+    def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
+        """The best items after the person's history. Raises NoModel."""
+        recommender, head = self._recommender, self._head
+        if recommender is None:
+            raise NoModel("this device has no model yet; `fedssl device import --model DIR` brings one")
+        return recommender.recommend(self._history.items(), k=k or DEFAULT_K, exclude_seen=not include_seen, head_D=head)
+
+    def status(self) -> dict[str, Any]:
+        """How the agent is, by the names of StatusReply."""
+        recommender = self._recommender
+        with opened_ledger(self.folder, self._history) as device:
+            joined, uploads = device.ledger.joined(), sum(device.ledger.uploads().values())
+        policy, trainings = self._policy(), self._history.trainings(now())
+        is_training = self._trainer.is_training
+        return {
+            "version": __version__,
+            "events": len(self._history.items()),
+            "model_run": recommender.run if recommender else "",
+            "model_round": recommender.round if recommender else 0,
+            "is_training": is_training,
+            "may_train": policy.consent.train,
+            "servers": self._history.servers(),
+            "closed_gates": self._trainer.closed(policy.gates, None if is_training else trainings),
+            "epsilon": sum(joined.values()),
+            "uploads": uploads,
+            "trainings_today": trainings,
+        }
+
+    def forget(self, item: str | None) -> int:
+        """Remove one item's events, or all (None), and all that was learned from them: head, kept uploads. How many events were removed.
+
+        A training that runs is ended. What was charged stays charged. Raises DiskError where bytes could not be overwritten: forget again.
+        """
+        with self._trainer.paused():
+            removed = self._history.forget(item)
+            self._forget_learned()
+        return removed
+
+    def export(self) -> dict[str, Any]:
+        """All that is kept about the person, for a JSON file."""
+        user, delta = self.policy.user, 1e-6
+        with opened_ledger(self.folder, self._history) as device:
+            ledger = {
+                "runs_joined": device.ledger.joined(),
+                "uploads": sum(device.ledger.uploads().values()),
+                "epsilon_of_uploads_with_own_noise": {"delta": delta, "epsilon": device.ledger.spent(user, delta)},
+            }
+        heads = {path.name: np.fromfile(path / "user-vector.f32", "<f4").tolist() for path in sorted((self.folder / "heads").glob("*"))}
+        return {
+            "format": 1,
+            "user": user,
+            "events": [event._asdict() for event in self._history.events()],
+            "heads": heads,
+            "servers": self._history.servers(),
+            "ledger": ledger,
+        }
+
+    def join(self, server: str) -> None:
+        """Take part in this server's trainings. Raises OutsidePolicy where the person's file does not allow it."""
+        policy = self._policy()
+        if not policy.consent.train:
+            raise OutsidePolicy("the person has not agreed to training ([consent] train in device.toml)")
+        if server not in policy.allow.servers:
+            raise OutsidePolicy(f"server '{server}' is not one of [allow] servers in device.toml")
+        self._history.join(server)
+
+    def leave(self, server: str) -> bool:
+        """Take part no longer: a training that runs is ended, uploads that were kept for a retry are erased. Whether the person had joined."""
+        with self._trainer.paused():
+            had_joined = self._history.leave(server)
+            self._erase_outbox()
+        return had_joined
+
+    def users(self) -> list[int]:
+        """The number under which the server knows this device."""
+        return [self.policy.user]
+
+    def train(self, download: bytes, server: str, *, seconds: float, is_wanted: Callable[[], bool] = lambda: True) -> bytes:
+        """The Upload that answers a Download. Raises NotNow, OutsidePolicy or TrainingFailed, whose words may leave the device."""
+        policy = self._policy()
+        if not policy.consent.train or server not in policy.allow.servers or server not in self._history.servers():
+            # The child would say so too, but a process that nobody asked for is not started.
+            raise OutsidePolicy("this device's person has not agreed to train for this server")
+        started = now()
+        try:
+            return self._trainer.run(
+                download,
+                server,
+                policy.gates,
+                trainings=self._history.trainings(started),
+                seconds=seconds,
+                begin=lambda: self._history.begin_training(started),
+                is_wanted=is_wanted,
+            )
+        finally:
+            self._take_newer_model()
+
+    def close(self) -> None:
+        """End the training that runs, and close the history."""
+        with self._trainer.paused():
+            self._history.close()
+
+    def load_model(self) -> None:
+        """Recommend with the model in the folder from now on, whatever was there before. Raises CheckpointError where it is not whole."""
+        with self._model_lock:
+            self._recommender = DeviceRecommender(self.folder / MODEL) if settle(self.folder / MODEL) else None
+            self._made = self._model_time()
+            self._head = self._read_head()
+
+    def _take_newer_model(self) -> None:
+        with self._model_lock:
+            if self._recommender is not None and self._model_time() != self._made:
+                self._recommender.refresh()
+                self._made = self._model_time()
+            self._head = self._read_head()
+
+    def _model_time(self) -> int:
+        path = self.folder / MODEL / ENCODER_FILE
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    def _read_head(self) -> NDArray[np.float32] | None:
+        """The person's head of the run that the model comes from; None where that run has none here."""
+        recommender = self._recommender
+        if recommender is None or recommender.recipe.head.name == "none":
+            return None
+        folder = heads_folder(self.folder, recommender.run)
+        if not (folder / "heads.json").exists():
+            return None
+        user = np.array([self.policy.user], dtype=np.int64)
+        heads_UD = HeadStore(folder, user, recommender.recipe.encoder.width).read(user)
+        return heads_UD.reshape(-1)
+
+    def _forget_learned(self) -> None:
+        shutil.rmtree(self.folder / "heads", ignore_errors=True)
+        self._erase_outbox()
+        with self._model_lock:
+            self._head = self._read_head()
+
+    def _erase_outbox(self) -> None:
+        with opened_ledger(self.folder, self._history) as device:
+            device.ledger.forget_answers()
+
+    def _policy(self) -> Policy:
+        """The person's file as it is now: consent that was taken back holds at once."""
+        self.policy = read_policy(self.folder)
+        return self.policy
+
+
+def as_json(exported: dict[str, Any]) -> str:
+    """An export as text. Epsilon of a run without a plan is null: JSON has no infinity."""
+    runs = {run: epsilon if np.isfinite(epsilon) else None for run, epsilon in exported["ledger"]["runs_joined"].items()}
+    return json.dumps({**exported, "ledger": {**exported["ledger"], "runs_joined": runs}}, ensure_ascii=False, indent=1)
