@@ -26,6 +26,9 @@ GRID = 1e-4
 MIXTURE_GRID = 1e-3
 """That of mixtures, of which every point is searched for: a coarser grid overstates, never the reverse."""
 
+LARGE, LITTLE_NOISE = 50.0, 0.05
+"""An epsilon and a noise multiplier: beyond the one, without sampling or with less than the other, a closed form answers for the grid."""
+
 _TAIL = 1e-15
 
 
@@ -44,6 +47,9 @@ def epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
       - no release costs 0; a release without noise costs infinity.
     Events are (rate, noise multiplier, count): ``count`` releases of a Gaussian sum, each over a cohort drawn anew, every
     user with chance ``rate``. Raises ValueError for a rate outside (0, 1] or a negative number.
+
+    Where hardly any noise is added the grid of losses would fill the memory: an epsilon above `LARGE` is that of the same releases without
+    sampling, in closed form, where none is sampled (it is exact) or one has less noise than `LITTLE_NOISE` (sampling only helps).
     """
     merged: dict[tuple[float, float], int] = {}
     for rate, z, count in events:
@@ -53,6 +59,10 @@ def epsilon(events: Sequence[tuple[float, float, int]], delta: float) -> float:
             merged[rate, z] = merged.get((rate, z), 0) + count
     if not 0 < delta < 1:
         raise ValueError(f"delta {delta} is not between 0 and 1")
+    if merged and (all(rate == 1 for rate, _ in merged) or min(z for _, z in merged) < LITTLE_NOISE):
+        whole = gaussian_epsilon(combined_noise([z / math.sqrt(count) for (_, z), count in merged.items()]), 1, delta)
+        if whole > LARGE:
+            return whole
     return _epsilon(tuple(sorted(merged.items())), delta)
 
 

@@ -87,6 +87,14 @@ def test_nothing_released_costs_nothing_and_no_noise_costs_infinity():
     assert epsilon([(0.1, 1.0, 3), (0.1, 0.0, 1)], 1e-5) == math.inf
 
 
+def test_next_to_no_noise_is_accounted_at_once():
+    began = time.perf_counter()
+    assert epsilon([(1.0, 0.001, 1), (1.0, 2.0, 1)], 1e-5) == pytest.approx(gaussian_epsilon(combined_noise([0.001, 2.0]), 1, 1e-5), rel=1e-8)
+    assert epsilon([(0.1, 0.001, 1000)], 1e-5) == pytest.approx(gaussian_epsilon(0.001, 1000, 1e-5), rel=1e-8)
+    assert epsilon([(1.0, 0.5, 1000)], 1e-5) == pytest.approx(gaussian_epsilon(0.5, 1000, 1e-5), rel=1e-8)
+    assert time.perf_counter() - began < 1
+
+
 def test_the_same_event_said_in_two_parts_costs_the_same():
     assert epsilon([(0.1, 1.0, 3), (0.1, 1.0, 4)], 1e-5) == epsilon([(0.1, 1.0, 7)], 1e-5)
 
