@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from fedssl.lift import LiftTable
 from fedssl.recipe import Recipe, read_recipe
 
 ENCODER_FILE = "encoder.onnx"
+_FILES = (ENCODER_FILE, "counts.safetensors", "recipe.json", "catalogue.jsonl")
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,30 @@ def write_device_model(
     folder: Path, recipe: Recipe, weights: Mapping[str, NDArray[np.float32]], catalogue: Catalogue, counts: Counts | LiftTable | None, *, run: str, round: int
 ) -> None:
     """Write a model folder: whole, or what was there before. Raises DiskError, and ConfigError for an encoder without a graph."""
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    old = _old(folder)
+    with _replaced(folder) as beside:
+        write_encoder(beside, recipe, weights, run=run, round=round)
+        if counts is not None and recipe.counts is not None:
+            (beside / "counts.safetensors").write_bytes(save(dict(vars(counts))))
+        (beside / "recipe.json").write_text(recipe.canonical, encoding="utf-8")
+        write_catalogue(catalogue, beside / "catalogue.jsonl")
+
+
+def copy_device_model(source: Path, folder: Path) -> None:
+    """Put the model in ``source`` in place of the one in ``folder``: whole, or what was there before. Raises DiskError."""
+    with _replaced(folder) as beside:
+        for name in _FILES:
+            if (source / name).exists():
+                shutil.copyfile(source / name, beside / name)
+
+
+@contextmanager
+def _replaced(folder: Path) -> Iterator[Path]:
+    """A folder for the block to fill, which then takes the name of ``folder``."""
+    beside, old = folder.with_name(f".{folder.name}.{os.getpid()}.new"), _old(folder)
     try:
         with writing(folder):
             beside.mkdir(parents=True)
-            write_encoder(beside, recipe, weights, run=run, round=round)
-            if counts is not None and recipe.counts is not None:
-                (beside / "counts.safetensors").write_bytes(save(dict(vars(counts))))
-            (beside / "recipe.json").write_text(recipe.canonical, encoding="utf-8")
-            write_catalogue(catalogue, beside / "catalogue.jsonl")
+            yield beside
             for path in [*beside.iterdir(), beside]:
                 sync(path)
             # Two names cannot be exchanged at once: between both, `settle` finds the old one.

@@ -46,6 +46,7 @@ class Agent:
         self._model_lock = threading.Lock()
         self._recommender: DeviceRecommender | None = None
         self._head: NDArray[np.float32] | None = None
+        self._made = (0, 0)
         self.load_model()
 
     def record(self, item: str, when: float | None, value: float | None) -> None:
@@ -54,6 +55,8 @@ class Agent:
 
     def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
         """The best items after the person's history. Raises NoModel."""
+        if self._model_on_disk() != self._made:
+            self.load_model()
         recommender, head = self._recommender, self._head
         if recommender is None:
             raise NoModel("this device has no model yet; `fedssl device import --model DIR` brings one")
@@ -147,7 +150,7 @@ class Agent:
                 is_wanted=is_wanted,
             )
         finally:
-            self._take_newer_model()
+            self.load_model()
 
     def close(self) -> None:
         """End the training that runs, and close the history."""
@@ -155,22 +158,23 @@ class Agent:
             self._history.close()
 
     def load_model(self) -> None:
-        """Recommend with the model in the folder from now on, whatever was there before. Raises CheckpointError where it is not whole."""
+        """Recommend with what is in the folder now: another model, or newer weights of the same. Raises CheckpointError where it is not whole."""
         with self._model_lock:
-            self._recommender = DeviceRecommender(self.folder / MODEL) if settle(self.folder / MODEL) else None
-            self._made = self._model_time()
+            made = self._model_on_disk()
+            if self._recommender is not None and made[0] == self._made[0]:
+                if made != self._made:
+                    self._recommender.refresh()
+            else:
+                self._recommender = DeviceRecommender(self.folder / MODEL) if settle(self.folder / MODEL) else None
+            self._made = self._model_on_disk()
             self._head = self._read_head()
 
-    def _take_newer_model(self) -> None:
-        with self._model_lock:
-            if self._recommender is not None and self._model_time() != self._made:
-                self._recommender.refresh()
-                self._made = self._model_time()
-            self._head = self._read_head()
-
-    def _model_time(self) -> int:
-        path = self.folder / MODEL / ENCODER_FILE
-        return path.stat().st_mtime_ns if path.exists() else 0
+    def _model_on_disk(self) -> tuple[int, int]:
+        """Which model folder there is, and which encoder in it; zeros for none."""
+        try:
+            return (self.folder / MODEL).stat().st_ino, (self.folder / MODEL / ENCODER_FILE).stat().st_mtime_ns
+        except FileNotFoundError:
+            return 0, 0
 
     def _read_head(self) -> NDArray[np.float32] | None:
         """The person's head of the run that the model comes from; None where that run has none here."""

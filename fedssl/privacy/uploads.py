@@ -158,10 +158,13 @@ class UploadLedger:
         except sqlite3.Error as error:
             raise DataError(f"{self.path}: answers that nobody asks for again cannot be dropped ({error}), so nothing leaves; check space and rights") from None
 
-    def forget_answers(self) -> None:
-        """Drop all answers: they say much of the data. Their questions are not answered again, and what was charged stays charged."""
+    def forget_answers(self, *, but_of: str | None = None) -> None:
+        """Drop all answers, or all but those of one run: they say much of the data. Their questions are not answered again; charges stay.
+
+        Nothing of them is left in the files. Raises DiskError where that could not be; then do it again.
+        """
         try:
-            self._file.execute("DELETE FROM answers")
+            self._file.execute("DELETE FROM answers WHERE run IS NOT ?", (but_of,))
         except sqlite3.Error as error:
             raise DiskError(f"{self.path}: kept answers cannot be dropped ({error}); make room and do it again") from None
         erase_deleted(self._file, self.path)

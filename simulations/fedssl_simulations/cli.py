@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from fedssl_client.cli import device
 
 from fedssl.disk import writing
 from fedssl.errors import FedSSLError
@@ -31,6 +32,7 @@ data = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at a 
 cli.add_typer(data, name="data")
 attack = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="What somebody who sees uploads, releases or models learns about people.")
 cli.add_typer(attack, name="attack")
+cli.add_typer(device, name="device")
 
 Source = Annotated[str, typer.Argument(metavar="RUN.toml", help="A run's settings, or the name of a preset (`fedssl presets`)")]
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated")]

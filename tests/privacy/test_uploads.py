@@ -254,7 +254,9 @@ def test_answers_that_are_forgotten_are_in_no_byte_of_the_files_and_are_never_gi
         charge(ledger, f"q{number}", round=number + 1)
         ledger.keep(f"q{number}", replace(HERE, round=number + 1), b"UPLOADED" * 1000)
     assert any(b"UPLOADED" in path.read_bytes() for path in tmp_path.iterdir())
-    ledger.forget_answers()
+    ledger.forget_answers(but_of="run")
+    assert ledger.answer("q7") is not None
+    ledger.forget_answers(but_of="another")
     assert not any(b"UPLOADED" in path.read_bytes() for path in tmp_path.iterdir())
     with pytest.raises(WireError, match="no longer kept"):
         charge(ledger, "q1", round=2)
