@@ -25,6 +25,7 @@ from fedssl.encoders import Encoder
 from fedssl.item_table import ItemTable, rows_at
 from fedssl.losses import softmax_loss
 from fedssl.tasks import Chance, Task, Views
+from fedssl.users_axis import Descent
 from fedssl.weights import ITEMS, Weights
 
 POOL = 1 << 20
@@ -269,6 +270,13 @@ def train_users(
             first_candidate=batch.first_candidate,
             bias_UN=batch.bias_UN,
         )
+        if local.proximal:
+            # The slope of the pull at what moved. No row is left out: one that the loss does not read has not moved, and is not pulled.
+            for moved in (*update.values(), *([] if items is None else [items])):
+                moved.mul_(1 - local.lr * local.proximal)
+        descents = {name: Descent(local.lr, update.get(name)) for name in now}
+        for name, leaf in now.items():
+            leaf.descent = descents[name]  # type: ignore[attr-defined]
         head = heads_UD.detach().requires_grad_() if heads_UD is not None else None
         losses = []
         for number, (task, weight) in enumerate(tasks):
@@ -284,26 +292,20 @@ def train_users(
             first_loss = loss_U.detach()
         leaves = [*now.values(), *([head] if head is not None else [])]
         slopes = torch.autograd.grad(loss_U.sum(), [*leaves, table.anchor], allow_unused=True)
-        slope_items = table.finish()
         owners = Counter(slope.untyped_storage().data_ptr() for slope in slopes if slope is not None)
         for (name, leaf), slope in zip(now.items(), slopes, strict=False):
-            slope = torch.zeros(leaf.shape) if slope is None else slope
-            if local.weight_decay:
-                slope = slope + local.weight_decay * leaf.detach()
-            if local.proximal and name in update:
-                slope = slope + local.proximal * update[name]
-            if name in update:
-                update[name].add_(slope, alpha=-local.lr)
-            else:
+            descent = descents[name]
+            if slope is not None:
                 # In place, but where leaves share one slope: those that an encoder adds up.
-                is_own = owners[slope.untyped_storage().data_ptr()] == 1 and slope.is_contiguous()
-                update[name] = slope.mul_(-local.lr) if is_own else slope * -local.lr
+                descent.take(slope, may_overwrite=owners[slope.untyped_storage().data_ptr()] == 1 and slope.is_contiguous())
+            if local.weight_decay:
+                descent.take(local.weight_decay * leaf.detach())
+            update[name] = torch.zeros(leaf.shape) if descent.update_U is None else descent.update_U
+        of_items = Descent(local.lr, items)
+        of_items.take(table.finish(), may_overwrite=True)
         if local.weight_decay:
-            slope_items = slope_items + local.weight_decay * _touched(batch, table)
-        if local.proximal and items is not None:
-            # No row is left out: one that the loss does not read has not moved, and is not pulled.
-            slope_items = slope_items + local.proximal * items
-        items = slope_items.mul_(-local.lr) if items is None else items.add_(slope_items, alpha=-local.lr)
+            of_items.take(local.weight_decay * _touched(batch, table))
+        items = of_items.update_U
         if head is not None and heads_UD is not None and slopes[len(now)] is not None:
             heads_UD = heads_UD - head_lr * slopes[len(now)]
     assert items is not None and first_loss is not None

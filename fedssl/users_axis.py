@@ -44,11 +44,36 @@ def attention(qkv_NLE: Tensor, mask_NLL: Tensor, *, heads: int) -> Tensor:
     return result
 
 
+class Descent:
+    """The update of one weight by SGD: ``-lr`` times the slopes it takes, on top of what earlier steps left.
+
+    As the attribute ``descent`` of a weight it takes the slopes that `linear` finds, each product and its sum in one pass over memory; autograd
+    then has none to give.
+    """
+
+    def __init__(self, lr: float, update_U: Tensor | None = None):
+        self.lr, self.update_U = lr, update_U
+
+    def take(self, slope_U: Tensor, *, may_overwrite: bool = False) -> None:
+        """Take a slope; ``may_overwrite``: nobody else reads its memory."""
+        if self.update_U is not None:
+            self.update_U.add_(slope_U, alpha=-self.lr)
+        else:
+            self.update_U = slope_U.mul_(-self.lr) if may_overwrite else slope_U * -self.lr
+
+    def take_product(self, left_UDM: Tensor, right_UME: Tensor) -> None:
+        """Take the slope ``left @ right``."""
+        is_first = self.update_U is None
+        if self.update_U is None:
+            self.update_U = torch.empty(len(left_UDM), left_UDM.shape[1], right_UME.shape[2], dtype=left_UDM.dtype)
+        self.update_U.baddbmm_(left_UDM, right_UME, beta=0 if is_first else 1, alpha=-self.lr)
+
+
 class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.descent = bias is not None, getattr(weight, "descent", None)
         if is_shared(weight):
             flat = x.reshape(-1, x.shape[-1])
             out = flat @ weight[0] if bias is None else torch.addmm(bias[0], flat, weight[0])
@@ -63,7 +88,12 @@ class _Linear(Function):
             slope_x = (slope.reshape(-1, slope.shape[-1]) @ weight[0].T).view(x.shape)
         else:
             slope_x = torch.bmm(slope, weight.transpose(1, 2))
-        return slope_x, torch.bmm(x.transpose(1, 2), slope), slope.sum(1) if ctx.has_bias else None
+        slope_weight = None
+        if ctx.descent is None:
+            slope_weight = torch.bmm(x.transpose(1, 2), slope)
+        else:
+            ctx.descent.take_product(x.transpose(1, 2), slope)
+        return slope_x, slope_weight, slope.sum(1) if ctx.has_bias else None
 
 
 class _LayerNorm(Function):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fedssl.encoders.sasrec import NEVER
-from fedssl.users_axis import attention, is_shared, layer_norm, linear
+from fedssl.users_axis import Descent, attention, is_shared, layer_norm, linear
 
 U, M, D, E = 3, 4, 6, 5
 
@@ -48,6 +48,21 @@ def test_weights_are_shared_where_they_are_an_expanded_view_or_of_one_user():
     assert is_shared(numbers(D).expand(U, D).detach().requires_grad_())
     assert is_shared(numbers(1, D, E))
     assert not is_shared(numbers(U, D, E))
+
+
+@pytest.mark.parametrize("is_expanded", [True, False], ids=["shared", "own"])
+def test_a_descent_takes_the_steps_that_autograd_would_have_the_slopes_for(is_expanded: bool):
+    x = leaf(U, M, D)
+    weight = for_users(numbers(D, E)) if is_expanded else leaf(U, D, E)
+    (slope,) = slopes_of(linear(x, weight) + 2 * linear(x.square(), weight), weight)
+    begun = numbers(U, D, E, seed=7)
+    for before in (None, begun):
+        weight.descent = Descent(0.1, None if before is None else before.clone())  # type: ignore[attr-defined]
+        out = linear(x, weight) + 2 * linear(x.square(), weight)
+        assert torch.autograd.grad((out * numbers(*out.shape, seed=99)).sum(), [x, weight], allow_unused=True)[1] is None
+        weight.descent.take(numbers(U, D, E, seed=8))  # type: ignore[attr-defined]
+        wanted = -0.1 * (slope + numbers(U, D, E, seed=8)) + (0 if before is None else before)
+        assert torch.allclose(weight.descent.update_U, wanted, rtol=1e-12)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("is_expanded", [True, False], ids=["shared", "own"])
