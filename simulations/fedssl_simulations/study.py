@@ -14,11 +14,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedssl.disk import write_whole, writing
 from fedssl.errors import DiskError, FedSSLError, RunFolderError
@@ -94,9 +94,7 @@ def run_study(
                 while not is_over and len(running) < processes and (new := trials.begin()) is not None:
                     known = took.get((new.what, new.method))
                     if known and time.monotonic() + statistics.median(known) > deadline:
-                        trials.put_back(new)
-                        is_over = True
-                        break
+                        continue  # Left for another time; what is shorter may still fit.
                     running.append(_Running(new, _start(new, out), time.monotonic()))
                     on_point(new, "begins")
                 if should_stop() or time.monotonic() >= deadline:
@@ -153,6 +151,14 @@ def as_json(study: StudyConfig, outcome: Outcome) -> dict[str, Any]:
     return {"title": study.title, "metric": study.metric, "done": rows, "left": left, "failed": [point.folder for point, _ in outcome.failed]}
 
 
+class _Tried(NamedTuple):
+    """One attempt at a point."""
+
+    is_complete: bool
+    seconds: float
+    error: str
+
+
 class _Trials:
     """The attempts at points in Optuna's storage, each a trial that is complete or failed. The process that holds the folder alone writes it."""
 
@@ -170,16 +176,20 @@ class _Trials:
         self._path = path
         with _storing(path):
             self._study = optuna.create_study(study_name="grid", storage=f"sqlite:///{path}", load_if_exists=True, direction="maximize")
-            finished = [trial.params for trial in self._study.get_trials(deepcopy=False, states=(self._states.COMPLETE,))]
-        self._waiting = [point for point in points if self._params(point) not in finished]
+            kept = self._study.get_trials(deepcopy=False)
+        # This process alone writes the storage, so it is read once.
+        self._tried: dict[tuple[Any, ...], list[_Tried]] = {}
+        for trial in kept:
+            self._note(trial.params, trial.state == self._states.COMPLETE, trial.user_attrs)
+        self._waiting = [point for point in points if self.seconds(point) is None]
+        self._made = {point.folder for point in points} - {point.folder for point in self._waiting}
 
     def begin(self) -> Point | None:
-        """What is next, no longer waiting."""
-        return self._waiting.pop(0) if self._waiting else None
-
-    def put_back(self, point: Point) -> None:
-        """It waits again, before all others."""
-        self._waiting.insert(0, point)
+        """What is next, no longer waiting: the first that does not itself wait for a run that is not there yet."""
+        ready = next((point for point in self._waiting if point.what != "attributes" or point.source in self._made), None)
+        if ready is not None:
+            self._waiting.remove(ready)
+        return ready
 
     def end(self, point: Point, value: float | None, seconds: float, *, error: str = "") -> None:
         """It is complete with this value, or failed (or was stopped) without one."""
@@ -187,19 +197,26 @@ class _Trials:
         about = {"seconds": seconds, "error": error}
         with _storing(self._path):
             self._study.add_trial(self._make(state=state, value=value, params=self._params(point), distributions=self._choices, user_attrs=about))
+        self._note(self._params(point), value is not None, about)
+        if value is not None:
+            self._made.add(point.folder)
 
     def seconds(self, point: Point) -> float | None:
         """The seconds of all attempts at a point that is complete; None for one that is not."""
         tried = self._of(point)
-        return sum(trial.user_attrs["seconds"] for trial in tried) if any(trial.state == self._states.COMPLETE for trial in tried) else None
+        return sum(one.seconds for one in tried) if any(one.is_complete for one in tried) else None
 
     def error(self, point: Point) -> str:
         """The last words of a point whose newest attempt failed; empty where it did not."""
         tried = self._of(point)
-        return str(tried[-1].user_attrs["error"]) if tried else ""
+        return tried[-1].error if tried else ""
 
-    def _of(self, point: Point) -> list[Any]:
-        return [trial for trial in self._study.get_trials(deepcopy=False) if trial.params == self._params(point)]
+    def _of(self, point: Point) -> list[_Tried]:
+        return self._tried.get(tuple(self._params(point).values()), [])
+
+    def _note(self, params: Mapping[str, Any], is_complete: bool, about: Mapping[str, Any]) -> None:
+        key = tuple(params[name] for name in ("what", "method", "epsilon", "seed"))
+        self._tried.setdefault(key, []).append(_Tried(is_complete, float(about["seconds"]), str(about["error"])))
 
     def _params(self, point: Point) -> dict[str, str | int]:
         return {"what": point.what, "method": point.method, "epsilon": f"{point.epsilon:g}", "seed": point.seed}
@@ -236,7 +253,9 @@ def _claimed(out: Path, study: StudyConfig, overrides: Sequence[str]) -> Iterato
 def _start(point: Point, out: Path) -> subprocess.Popen[bytes]:
     folder = out / point.folder
     settings = [word for text in (*point.overrides, "system.workers=1") for word in ("--set", text)]
-    if point.what != "run":
+    if point.what == "attributes":
+        words = ["attack", "attributes", str(out / point.source), "--out", str(folder), *point.options]
+    elif point.what != "run":
         words = ["attack", point.what, point.source, *settings, "--seed", str(point.seed), "--out", str(folder), "--quiet", *point.options]
     elif (folder / "run.toml").exists():
         words = ["simulate", "--resume", str(folder), "--quiet"]

@@ -1,4 +1,4 @@
-"""The page of a study: utility against epsilon with its spread, attacks beside it, cost, the promise in words, a table to copy."""
+"""The page of a study: utility against epsilon with its spread, attacks beside it, cost, the promise in words and its terms, a table to copy."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 import jinja2
 
 from fedssl import __version__
-from fedssl_simulations.charts import LineChart, Series, line_chart
+from fedssl_simulations.charts import Series
 from fedssl_simulations.promise import Promise, promise
 from fedssl_simulations.study import Done, Outcome, test_of
-from fedssl_simulations.study_file import StudyConfig
+from fedssl_simulations.study_attacks import Drawing, against_epsilon, attack_charts, attack_tables, epsilon_word
+from fedssl_simulations.study_file import Method, StudyConfig
+
+TERMS = ("unit", "neighbours", "trust", "sampling", "accountant", "delta")
 
 
 @dataclass(frozen=True)
@@ -35,17 +38,6 @@ class Cell:
     upload_bytes: float
 
 
-@dataclass(frozen=True)
-class AttackTable:
-    """What an attack found at each epsilon: the words of its columns, and rows of text."""
-
-    title: str
-    chart: LineChart | None
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    notes: Sequence[str]
-
-
 def render_study(study: StudyConfig, outcome: Outcome) -> str:
     """The page as text: self-contained, nothing on it is fetched. It shows what no epsilon covers, so it is for the researcher."""
     names = epsilons(study)
@@ -57,15 +49,16 @@ def render_study(study: StudyConfig, outcome: Outcome) -> str:
     return environment.get_template("study.html").render(
         title=study.title,
         methods=[(method.name, number % 6) for number, method in enumerate(study.method)],
-        charts=[chart for column in ("unseen", "all") if (chart := _utility(study, runs, names, column)) is not None],
+        drawings=[*_utility(study, runs, names), *attack_charts(outcome, names)],
         cells=cells,
-        attacks=_attacks(study, outcome, names),
+        attacks=attack_tables(outcome),
         promises=_promises(study, runs),
+        terms=_terms(study, runs),
         table=as_markdown(study, cells),
         left=[point.folder for point in outcome.left],
         failed=[(point.folder, words) for point, words in outcome.failed],
         metric=study.metric.upper(),
-        word=_word,
+        word=epsilon_word,
         version=__version__,
     )
 
@@ -81,13 +74,13 @@ def cells_of(study: StudyConfig, outcome: Outcome) -> list[Cell]:
     for number, method in enumerate(study.method):
         without: float | None = None
         for epsilon in sorted(study.epsilon, reverse=True):
-            runs = [one for one in outcome.done if one.point.what == "run" and (one.point.method, one.point.epsilon) == (method.name, epsilon)]
+            runs = _at(method, epsilon, [one for one in outcome.done if one.point.what == "run"])
             if not runs:
                 continue
-            unseen = [test_of(one.found)["unseen"][study.metric] for one in runs]
+            unseen = [_quality(method, one)["unseen"][study.metric] for one in runs]
             mean = statistics.fmean(unseen)
             without = mean if math.isinf(epsilon) else without
-            spent = [float(one.found["privacy"]["epsilon"]) for one in runs if one.found.get("privacy")]
+            spent = [float(one.found["privacy"]["epsilon"]) for one in runs if one.found.get("privacy") and not math.isinf(epsilon)]
             cells.append(
                 Cell(
                     method.name,
@@ -97,11 +90,11 @@ def cells_of(study: StudyConfig, outcome: Outcome) -> list[Cell]:
                     mean,
                     min(unseen),
                     max(unseen),
-                    statistics.fmean(test_of(one.found)["all"][study.metric] for one in runs),
+                    statistics.fmean(_quality(method, one)["all"][study.metric] for one in runs),
                     mean / without if without else None,
                     max(spent) if spent else None,
                     statistics.fmean(one.seconds for one in runs),
-                    statistics.fmean(float(one.found["cost"]["upload_bytes_per_user"]) * float(one.found["cost"]["rounds"]) for one in runs),
+                    statistics.fmean(_sent(one.found["cost"]) for one in runs),
                 )
             )
     return cells
@@ -117,65 +110,63 @@ def as_markdown(study: StudyConfig, cells: Sequence[Cell]) -> str:
     for cell in cells:
         kept = "" if cell.kept is None else f"{cell.kept:.0%}"
         spread = f"{cell.unseen:.4f} ({cell.lowest:.4f} to {cell.highest:.4f})"
-        lines.append(f"| {cell.method} | {_word(cell.epsilon)} | {cell.seeds} | {spread} | {cell.all:.4f} | {kept} | {cell.seconds:.0f} |")
+        lines.append(f"| {cell.method} | {epsilon_word(cell.epsilon)} | {cell.seeds} | {spread} | {cell.all:.4f} | {kept} | {cell.seconds:.0f} |")
     return "\n".join(lines)
 
 
-def _utility(study: StudyConfig, runs: Sequence[Done], names: Sequence[float], column: str) -> LineChart | None:
-    series = []
-    for number, method in enumerate(study.method):
-        xs, means, low, high = [], [], [], []
-        for place, epsilon in enumerate(names):
-            found = [test_of(one.found)[column][study.metric] for one in runs if (one.point.method, one.point.epsilon) == (method.name, epsilon)]
-            if found:
-                xs.append(float(place))
-                means.append(statistics.fmean(found))
-                low.append(min(found))
-                high.append(max(found))
-        if xs:
-            series.append(Series(method.name, number % 6, xs, means, marked=True, low=low, high=high))
-    if not series:
-        return None
-    words = [_word(epsilon) for epsilon in names]
-    title = f"{study.metric.upper()}, {'unseen' if column == 'unseen' else 'all'} items"
-    return line_chart(title, series, digits=".4f", from_zero=True, x_label="epsilon", x_names=words)
+def _at(method: Method, epsilon: float, runs: Sequence[Done]) -> list[Done]:
+    """The runs that a method's line is about at one epsilon."""
+    return [one for one in runs if (one.point.method, one.point.epsilon) == (method.of or method.name, epsilon)]
 
 
-def _attacks(study: StudyConfig, outcome: Outcome, names: Sequence[float]) -> list[AttackTable]:
-    """A table for each kind of attack: a row an epsilon and row of what was found; the figures with intervals as a chart."""
-    tables = []
-    for what in dict.fromkeys(one.point.what for one in outcome.done if one.point.what != "run"):
-        found = sorted((one for one in outcome.done if one.point.what == what), key=lambda one: one.point.epsilon)
-        columns = ["epsilon", *found[0].found["rows"][0]]
-        rows = [[_word(one.point.epsilon), *(_text(value) for value in row.values())] for one in found for row in one.found["rows"]]
-        measured = [name for name, value in found[0].found["rows"][0].items() if isinstance(value, dict)]
+def _quality(method: Method, one: Done) -> Mapping[str, Any]:
+    """The test of the model, or of the method's part of it."""
+    test = test_of(one.found)
+    found: Mapping[str, Any] = test["parts"][method.part] if method.part and "parts" in test else test
+    return found
+
+
+def _sent(cost: Mapping[str, Any]) -> float:
+    """Bytes that a user sends who is asked in every round, what is counted among them."""
+    return float(cost["upload_bytes_per_user"]) * float(cost["rounds"]) + float(cost.get("counts_upload_bytes_per_user", 0))
+
+
+def _utility(study: StudyConfig, runs: Sequence[Done], names: Sequence[float]) -> list[Drawing]:
+    """Quality against epsilon, over items a user has not met and over all: a line a method, its band the lowest and highest seed."""
+    drawings = []
+    for column in ("unseen", "all"):
         series = []
-        for colour, name in enumerate(measured):
-            points = [(float(names.index(one.point.epsilon)), one.found["rows"][0][name]) for one in found]
-            values = [value for _, value in points]
-            means, low, high = ([float(value[key]) for value in values] for key in ("value", "low", "high"))
-            series.append(Series(name, colour % 6, [x for x, _ in points], means, marked=True, low=low, high=high))
-        words = [_word(epsilon) for epsilon in names]
-        chart = line_chart(found[0].found["title"], series, digits=".3f", from_zero=True, x_label="epsilon", x_names=words) if series else None
-        tables.append(AttackTable(found[0].found["title"], chart, columns, rows, found[0].found["notes"]))
-    return tables
+        for number, method in enumerate(study.method):
+            points = [
+                (float(place), [_quality(method, one)[column][study.metric] for one in _at(method, epsilon, runs)]) for place, epsilon in enumerate(names)
+            ]
+            if points:
+                xs, found = [place for place, _ in points], [found for _, found in points]
+                low, high = [min(values) for values in found], [max(values) for values in found]
+                series.append(Series(method.name, number % 6, xs, [statistics.fmean(values) for values in found], marked=True, low=low, high=high))
+        if series:
+            title = f"{study.metric.upper()}, {'unseen' if column == 'unseen' else 'all'} items"
+            drawings.append(Drawing(against_epsilon(title, series, names, digits=".4f"), has_key=False))
+    return drawings
 
 
-def _promises(study: StudyConfig, runs: Sequence[Done]) -> list[Promise]:
-    """What is promised at each epsilon, in words: of the first method that has a run there."""
+def _promises(study: StudyConfig, runs: Sequence[Done]) -> list[tuple[str, Promise]]:
+    """What is promised at each epsilon, in words, and of whom: of the first method that has a run there."""
     kept = []
     for epsilon in sorted(study.epsilon, reverse=True):
-        found = next((one for method in study.method for one in runs if (one.point.method, one.point.epsilon) == (method.name, epsilon)), None)
+        found = next(((method.name, one) for method in study.method if method.run for one in _at(method, epsilon, runs)), None)
         if found is not None:
-            kept.append(promise(found.found.get("privacy") or {}, {}))
+            name, one = found
+            kept.append(("" if math.isinf(epsilon) else name, promise({} if math.isinf(epsilon) else one.found.get("privacy") or {}, {})))
     return kept
 
 
-def _word(epsilon: float) -> str:
-    return "∞" if math.isinf(epsilon) else f"{epsilon:g}"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+def _terms(study: StudyConfig, runs: Sequence[Done]) -> list[tuple[str, list[str]]]:
+    """For each method with runs of its own the terms of its promise, at the smallest epsilon that it has a run for."""
+    found = []
+    for method in study.method:
+        private = [one for epsilon in sorted(study.epsilon) for one in _at(method, epsilon, runs) if method.run and one.found.get("privacy")]
+        if private:
+            facts = dict(promise(private[0].found["privacy"], {}).facts)
+            found.append((method.name, [facts.get(name.capitalize(), "–") for name in TERMS]))
+    return found

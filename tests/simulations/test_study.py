@@ -75,12 +75,27 @@ def test_a_short_budget_sees_every_epsilon_before_a_second_seed():
     assert len({point.folder for point in points}) == len(points)
 
 
+def test_attributes_are_probed_on_the_runs_of_a_method_and_parts_need_no_runs():
+    methods = [{"name": "whole", "run": "a.toml"}, {"name": "a part", "of": "whole", "part": "counts"}]
+    points = points_of(study_of(method=methods, attack=[{"name": "attributes", "of": "whole", "epsilon": [8.0], "options": ["--attribute", "age"]}]))
+    assert [point.method for point in points if point.what == "run"] == ["whole"] * 6
+    (probe,) = [point for point in points if point.what == "attributes"]
+    assert (probe.source, probe.folder) == ("runs/whole-epsilon-8-seed-1", "attacks/attributes-epsilon-8-seed-1")
+    assert probe.options == ("--attribute", "age")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"epsilon": [0.0]}, r"epsilon = 0; wanted above 0, or inf"),
         ({"method": [{"name": "a", "run": "x"}, {"name": "a", "run": "y"}]}, r"methods share a name"),
         ({"attack": [{"name": "membership"}]}, r"name a run"),
+        ({"attack": [{"name": "attributes", "run": "x"}]}, r"name their method as `of`"),
+        ({"attack": [{"name": "attributes", "of": "nobody"}]}, r"of 'nobody', which has no runs; there is an encoder"),
+        ({"attack": [{"name": "attributes", "of": "an encoder", "epsilon": [3.0]}]}, r"epsilon \[3.0\], where the study makes no runs"),
+        ({"attack": [{"name": "membership", "run": "x"}, {"name": "membership", "run": "y"}]}, r"give each a label"),
+        ({"method": [{"name": "a"}]}, r"wanted either a run, or in `of` the method"),
+        ({"method": [{"name": "a", "run": "x"}, {"name": "b", "of": "a", "set": ["y=1"]}]}, r"no settings of its own"),
         ({"epsilons": [1.0]}, r"epsilons"),
     ],
 )
@@ -130,6 +145,23 @@ def test_nothing_begins_when_the_budget_is_used_up(study: StudyConfig, tmp_path:
     assert not (tmp_path / "study" / "runs").exists()
 
 
+def test_an_attack_on_a_run_begins_when_the_run_is_there_and_its_storage_is_read_once(study: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import optuna
+
+    reads: list[int] = []
+    get_trials = optuna.study.Study.get_trials
+    monkeypatch.setattr(optuna.study.Study, "get_trials", lambda self, *args, **named: reads.append(1) or get_trials(self, *args, **named))
+    names = [line.split()[0] for line in (tmp_path / "histories.txt").read_text().splitlines()]
+    (tmp_path / "users.csv").write_text("user_id,gender\n" + "".join(f"{name},{'FM'[number % 2]}\n" for number, name in enumerate(names)))
+    probe = {"name": "attributes", "of": "an encoder", "options": ["--attribute", "gender", "--users", str(tmp_path / "users.csv")]}
+    both = study_of(epsilon=[8.0], seeds=[1], method=[study.method[0].model_dump()], attack=[probe])
+    news: list[str] = []
+    outcome = run_study(both, tmp_path / "study", processes=2, on_point=lambda point, what: news.append(f"{point.what} {what}"))
+    assert news == ["run begins", "run done", "attributes begins", "attributes done"]
+    assert [one.point.what for one in outcome.done] == ["run", "attributes"] and len(reads) == 1
+    assert "AUC: gender is F" in render_study(both, outcome) or "AUC: gender is M" in render_study(both, outcome)
+
+
 def test_a_run_that_fails_says_why_and_the_others_go_on(study: StudyConfig, tmp_path: Path):
     broken = {"name": "broken", "run": study.method[0].run, "set": ["encoder.name=nosuch"]}
     both = study_of(epsilon=[8.0], seeds=[1], method=[broken, study.method[0].model_dump()])
@@ -146,7 +178,8 @@ def test_a_folder_of_another_study_is_refused(study: StudyConfig, tmp_path: Path
 
 
 def report(unseen: float, everything: float, epsilon: float | None) -> dict[str, Any]:
-    test = {"unseen": {"ndcg@10": unseen}, "all": {"ndcg@10": everything}}
+    test: dict[str, Any] = {"unseen": {"ndcg@10": unseen}, "all": {"ndcg@10": everything}}
+    test["parts"] = {"counts": {"unseen": {"ndcg@10": unseen / 4}, "all": {"ndcg@10": everything / 4}}}
     found: dict[str, Any] = {"cost": {"upload_bytes_per_user": 1000, "rounds": 5}, "privacy": None}
     if epsilon is None:
         return {**found, "test": test}
@@ -155,8 +188,10 @@ def report(unseen: float, everything: float, epsilon: float | None) -> dict[str,
 
 def made_up() -> tuple[StudyConfig, Outcome]:
     attack = {"name": "membership", "run": "ml-100k", "epsilon": [math.inf]}
-    config = study_of(attack=[attack])
-    found = {"title": "Who was trained on", "notes": ["16 shadows"], "rows": [{"what": "AUC", "rate": {"value": 0.7, "low": 0.6, "high": 0.8}}]}
+    config = study_of(attack=[attack], method=[*STUDY["method"], {"name": "counts alone", "of": "an encoder", "part": "counts"}])
+    rate = {"value": 0.7, "low": 0.6, "high": 0.8}
+    rows = [{"attack": name, "true positives at 1 % false": {"value": 0.2, "low": 0.1, "high": 0.3}, "auc": rate} for name in ("alone", "likelihood ratio")]
+    found = {"title": "Membership", "notes": ["16 shadows"], "rows": rows}
     done = [
         Done(Point("run", "an encoder", epsilon, seed, "", ()), report(unseen, unseen / 2, None if math.isinf(epsilon) else epsilon), 10.0)
         for epsilon, seed, unseen in ((math.inf, 1, 0.2), (math.inf, 2, 0.1), (8.0, 1, 0.12), (2.0, 1, 0.03))
@@ -172,6 +207,9 @@ def test_the_table_says_means_spread_and_what_is_kept_of_no_privacy():
         "| an encoder | ∞ | 2 | 0.1500 (0.1000 to 0.2000) | 0.0750 | 100% | 10 |",
         "| an encoder | 8 | 1 | 0.1200 (0.1200 to 0.1200) | 0.0600 | 80% | 10 |",
         "| an encoder | 2 | 1 | 0.0300 (0.0300 to 0.0300) | 0.0150 | 20% | 10 |",
+        "| counts alone | ∞ | 2 | 0.0375 (0.0250 to 0.0500) | 0.0188 | 100% | 10 |",
+        "| counts alone | 8 | 1 | 0.0300 (0.0300 to 0.0300) | 0.0150 | 80% | 10 |",
+        "| counts alone | 2 | 1 | 0.0075 (0.0075 to 0.0075) | 0.0037 | 20% | 10 |",
     ]
 
 
@@ -179,8 +217,10 @@ def test_the_page_shows_utility_attacks_promises_and_what_is_left_and_fetches_no
     config, outcome = made_up()
     page = render_study(config, outcome)
     assert "Small &lt;study&gt;" in page and "<study>" not in page
-    for words in ("What privacy costs", "Who was trained on", "0.700 (0.600 to 0.800)", "ε = 8", "No differential privacy", "1 point to go", "16 shadows"):
+    for words in ("What privacy costs", "Who was trained on?", "0.700 (0.600 to 0.800)", "ε = 8", "No differential privacy", "1 point to go", "16 shadows"):
         assert words in page
+    # Of the two ways to attack the better one is drawn, with chance beside it.
+    assert page.count("AUC, epsilon ∞: 0.700") == 1 and "chance, of AUC" in page
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
 
 
