@@ -9,34 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import fedssl
-
-TINY = """
-[data]
-path = "{path}"
-[encoder]
-width = 8
-blocks = 1
-heads = 1
-hidden = 8
-window = 10
-[counts]
-lags = 1
-[server]
-rounds = 3
-cohort = 20
-[system]
-workers = 1
-"""
+from commands import fedssl, tiny_run, write_tiny
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with histories, a RUN.toml and a finished run."""
     folder = tmp_path_factory.mktemp("cli")
-    assert fedssl("data", "synthesize", folder / "h.txt", "--users", "60", "--items", "70", "--events", "12") == 0
-    (folder / "run.toml").write_text(TINY.format(path=folder / "h.txt"))
-    assert fedssl("simulate", folder / "run.toml", "--out", folder / "run", "--quiet") == 0
+    assert fedssl("simulate", tiny_run(folder), "--out", folder / "run", "--quiet") == 0
     return folder
 
 
@@ -132,7 +112,7 @@ def test_a_wrong_setting_is_one_clear_line(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(("name", "content"), [("empty", b""), ("another format", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), ("one event each", b"a x\nb y\nc z\n")])
 def test_a_file_that_is_no_history_is_refused_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes):
     (tmp_path / "h.txt").write_bytes(content)
-    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "h.txt"))
+    write_tiny(tmp_path, tmp_path / "h.txt")
     assert fedssl("simulate", tmp_path / "run.toml", "--out", tmp_path / "run", "--set", "data.min_events=1") == 1
     said = capsys.readouterr().err
     assert len(said.strip().splitlines()) == 1
@@ -142,14 +122,14 @@ def test_a_file_that_is_no_history_is_refused_before_anything_is_written(tmp_pat
 
 def test_a_user_with_one_event_trains_nobody_and_stops_nothing(tmp_path: Path, tiny: Path):
     (tmp_path / "h.txt").write_text((tiny / "h.txt").read_text() + "loner " + (tiny / "h.txt").read_text().split()[1] + "\n")
-    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "h.txt"))
+    write_tiny(tmp_path, tmp_path / "h.txt")
     assert fedssl("simulate", tmp_path / "run.toml", "--out", tmp_path / "run", "--set", "data.min_events=1", "--set", "server.cohort=61", "-q") == 0
     assert json.loads((tmp_path / "run" / "report.json").read_text())["data"]["users"] == 61
 
 
 def test_a_checkpoint_of_another_catalogue_is_refused(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
     assert fedssl("data", "synthesize", tmp_path / "other.txt", "--users", "60", "--items", "80", "--events", "12", "--seed", "2") == 0
-    (tmp_path / "run.toml").write_text(TINY.format(path=tmp_path / "other.txt"))
+    write_tiny(tmp_path, tmp_path / "other.txt")
     assert fedssl("evaluate", checkpoint(tiny), tmp_path / "run.toml") == 1
     assert "another one" in capsys.readouterr().err
 

@@ -6,36 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import fedssl
+from commands import fedssl, tiny_run
 from fedssl_simulations.attacks.audit import SCENARIOS
-
-TINY = """
-[data]
-path = "{folder}/h.txt"
-users = "{folder}/users.csv"
-[encoder]
-width = 8
-blocks = 1
-heads = 1
-hidden = 8
-window = 10
-[server]
-rounds = 3
-cohort = 10
-[system]
-workers = 1
-"""
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with histories of 60 users, their attributes, a RUN.toml and a finished run."""
     folder = tmp_path_factory.mktemp("attack")
-    assert fedssl("data", "synthesize", folder / "h.txt", "--users", "60", "--items", "70", "--events", "12") == 0
+    run = tiny_run(folder, more=f'users = "{folder}/users.csv"')
     names = [line.split()[0] for line in (folder / "h.txt").read_text().splitlines()]
     (folder / "users.csv").write_text("user_id,gender,age\n" + "".join(f"{name},{'FM'[place % 2]},{place}\n" for place, name in enumerate(names)))
-    (folder / "run.toml").write_text(TINY.format(folder=folder))
-    assert fedssl("simulate", folder / "run.toml", "--out", folder / "run", "--quiet") == 0
+    assert fedssl("simulate", run, "--out", folder / "run", "--quiet") == 0
     return folder
 
 
