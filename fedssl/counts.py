@@ -178,9 +178,8 @@ class CountsScorer:
     def __init__(self, counts: Counts, config: CountsConfig):
         self._counts, self._config = counts, config
         mass = np.bincount(counts.columns, counts.values, minlength=counts.num_items + 1) + 1e-3
-        share = (mass / mass[1:].sum()).astype(np.float32)
-        self._prior = (config.prior * np.log(share)).astype(np.float32)
-        self._cells = np.log1p(counts.values / (config.scale * share[counts.columns])) if config.form == "log-lift" else counts.values
+        self._share = (mass / mass[1:].sum()).astype(np.float32)
+        self._prior = (config.prior * np.log(self._share)).astype(np.float32)
 
     def __call__(self, histories: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:
         """Scores (n, I + 1) after each history (oldest first); column 0 means nothing."""
@@ -193,8 +192,10 @@ class CountsScorer:
         start, stop = self._counts.starts[item], self._counts.starts[item + 1]
         size = stop - start
         cell = np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())
-        place = np.repeat(owner * width, size) + self._counts.columns[cell]
-        summed = np.bincount(place, self._cells[cell] * np.repeat(weight, size), minlength=n * width)
+        column, value = self._counts.columns[cell], self._counts.values[cell]
+        if config.form == "log-lift":
+            value = np.log1p(value / (config.scale * self._share[column]))
+        summed = np.bincount(np.repeat(owner * width, size) + column, value * np.repeat(weight, size), minlength=n * width)
         total: NDArray[np.float32] = summed.reshape(n, width).astype(np.float32)
         scores: NDArray[np.float32] = total + self._prior if config.form == "log-lift" else np.log1p(config.scale * total, out=total)
         return scores

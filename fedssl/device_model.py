@@ -5,17 +5,20 @@ Written from a checkpoint (`fedssl export`), or, the ONNX file alone, from the w
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
 import shutil
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
@@ -25,6 +28,7 @@ from fedssl.lift import LiftTable
 from fedssl.recipe import Recipe, read_recipe
 
 ENCODER_FILE = "encoder.onnx"
+_DTYPES = {"F32": "<f4", "I32": "<i4", "I64": "<i8"}
 _FILES = (ENCODER_FILE, "counts.safetensors", "recipe.json", "catalogue.jsonl")
 
 
@@ -103,14 +107,37 @@ def read_device_model(folder: Path) -> DeviceModel:
         recipe = read_recipe((folder / "recipe.json").read_text(encoding="utf-8"), where=str(folder / "recipe.json"))
         catalogue = read_catalogue(folder / "catalogue.jsonl")
         path = folder / "counts.safetensors"
-        counts = (LiftTable if recipe.privacy.has_plan else Counts)(**load_file(path)) if path.exists() else None
+        counts = (LiftTable if recipe.privacy.has_plan else Counts)(**map_arrays(path)) if path.exists() else None
         if not (folder / ENCODER_FILE).exists():
             raise FileNotFoundError(folder / ENCODER_FILE)
-    except (OSError, ValueError, TypeError, SafetensorError, FedSSLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, struct.error, FedSSLError) as error:
         raise CheckpointError(f"{folder}: not a whole model of a device ({error}); write it again with `fedssl export`") from None
     if (catalogue.hash, catalogue.num_items) != (recipe.catalogue, recipe.num_items) or (counts is not None and counts.num_items != recipe.num_items):
         raise CatalogueMismatch(f"{folder}: catalogue, counts and recipe are of different models; write it again with `fedssl export`")
     return DeviceModel(recipe, catalogue, counts, folder / ENCODER_FILE)
+
+
+def map_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file, read-only views of its bytes on disk: only what is read takes memory. Raises ValueError, KeyError, OSError."""
+    with path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(size))
+    bytes_on_disk = np.memmap(path, dtype=np.uint8, mode="r")
+    found = {}
+    for name, about in header.items():
+        if name != "__metadata__":
+            start, stop = (8 + size + offset for offset in about["data_offsets"])
+            found[name] = np.asarray(bytes_on_disk[start:stop]).view(_DTYPES[about["dtype"]]).reshape(about["shape"])
+    return found
+
+
+def give_back_pages(array: NDArray[Any]) -> None:
+    """Let the system have the pages of a mapped array (`map_arrays`); they come back when they are read."""
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.base if isinstance(base, np.ndarray) else None
+    if base is not None:
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _old(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import shutil
 import threading
@@ -151,6 +152,7 @@ class Agent:
             )
         finally:
             self.load_model()
+            _trim()
 
     def close(self) -> None:
         """End the training that runs, and close the history."""
@@ -202,6 +204,13 @@ class Agent:
         """The person's file as it is now: consent that was taken back holds at once."""
         self.policy = read_policy(self.folder)
         return self.policy
+
+
+def _trim() -> None:
+    """Give memory that a download took back to the system, where the C library can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def as_json(exported: dict[str, Any]) -> str:

@@ -16,9 +16,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
 from fedssl.disk import erase_deleted, writing
 from fedssl.errors import DataError, DiskError
 from fedssl_client.policy import Retention
@@ -32,7 +29,6 @@ CREATE INDEX in_time ON events (time, number);
 CREATE TABLE trainings (time REAL NOT NULL) STRICT;
 CREATE TABLE servers (name TEXT PRIMARY KEY) STRICT;
 CREATE TABLE anchor (number INTEGER NOT NULL, chain BLOB NOT NULL) STRICT;
-CREATE TABLE adaptation (model TEXT NOT NULL, shift BLOB NOT NULL) STRICT;
 """
 
 
@@ -75,8 +71,8 @@ class HistoryStore:
         if form != HISTORY_FORMAT:
             raise DataError(f"{path}: history format {form}, this version reads {HISTORY_FORMAT}; install the fedssl that wrote it")
 
-    def record(self, item: str, when: float, value: float, retention: Retention, *, shift: tuple[str, bytes] | None = None) -> None:
-        """Keep an event, and delete what retention no longer covers. ``shift``: an adaptation that is kept with it (`adaptation`).
+    def record(self, item: str, when: float, value: float, retention: Retention) -> None:
+        """Keep an event, and delete what retention no longer covers.
 
         Raises DataError for an item that is empty, too long or not printable, or a time or value that is no number.
         """
@@ -84,9 +80,6 @@ class HistoryStore:
         with self._writing() as file:
             file.execute("INSERT INTO events (item, time, value) VALUES (?, ?, ?)", (item, when, value))
             deleted = self._retain(file, retention)
-            if shift is not None:
-                file.execute("DELETE FROM adaptation")
-                file.execute("INSERT INTO adaptation VALUES (?, ?)", shift)
             if self._items is not None and when >= self._newest and not deleted:
                 self._items.append(item)
                 self._newest = when
@@ -117,7 +110,7 @@ class HistoryStore:
             return [Event(*row) for row in file.execute("SELECT item, time, value FROM events ORDER BY time, number")]
 
     def forget(self, item: str | None) -> int:
-        """Remove one item's events, or all that is the person's (events, adaptation, trainings). How many events were removed.
+        """Remove one item's events, or all that is the person's (events, trainings). How many events were removed.
 
         Raises DiskError where another process is reading, so that the log could not be emptied: forget again.
         """
@@ -127,7 +120,6 @@ class HistoryStore:
                 file.execute("DELETE FROM trainings")
             else:
                 removed = file.execute("DELETE FROM events WHERE item = ?", (item,)).rowcount
-            file.execute("DELETE FROM adaptation")
             self._items = None
         with self._lock:
             erase_deleted(self._file, self.path)
@@ -170,12 +162,6 @@ class HistoryStore:
         with self._writing() as file:
             file.execute("DELETE FROM anchor")
             file.execute("INSERT INTO anchor VALUES (?, ?)", (number, chain))
-
-    def adaptation(self, model: str) -> NDArray[np.float32] | None:
-        """What was learned from single events on top of this model's head, (D,); None where nothing was, or of another model."""
-        with self._reading() as file:
-            found = file.execute("SELECT shift FROM adaptation WHERE model = ?", (model,)).fetchone()
-        return None if found is None else np.frombuffer(found[0], dtype="<f4").astype(np.float32)
 
     def close(self) -> None:
         """Close the file."""

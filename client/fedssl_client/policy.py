@@ -69,7 +69,6 @@ class AgentSettings(Settings):
 
     port: int = Field(0, ge=0, le=65535, description="Also listen on 127.0.0.1 at this port, for who shows the token; 0: the Unix socket alone")
     training_socket: str = Field("", description="Path of the socket that the ClientApp asks for training; empty: training/train.sock in the folder")
-    adapt: bool = Field(False, description="Let the head learn one step from each recorded event")
 
 
 class Policy(Settings):

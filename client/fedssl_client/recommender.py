@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
 from fedssl.counts import CountsScorer
-from fedssl.device_model import read_device_model
+from fedssl.device_model import give_back_pages, read_device_model
 from fedssl.errors import CheckpointError
 from fedssl.lift import LiftScorer, LiftTable
 
@@ -38,8 +39,11 @@ class DeviceRecommender:
         model = read_device_model(folder)
         self.recipe, self.catalogue, self._encoder = model.recipe, model.catalogue, model.encoder
         self._counts: CountsScorer | LiftScorer | None = None
+        self._mapped: list[NDArray[Any]] = []
         if model.counts is not None and self.recipe.counts is not None:
             self._counts = (LiftScorer if isinstance(model.counts, LiftTable) else CountsScorer)(model.counts, self.recipe.counts)  # type: ignore[arg-type]
+            self._mapped = list(vars(model.counts).values())
+            self._give_back()
         self._no_head = np.zeros(self.recipe.encoder.width, dtype=np.float32)
         self.refresh()
 
@@ -80,7 +84,13 @@ class DeviceRecommender:
     def _counted(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._counts is not None
         scores: NDArray[np.float32] = self._counts([rows])[0]
+        self._give_back()
         return scores
+
+    def _give_back(self) -> None:
+        """Hold no page of the counts between two answers: a few rows are read at a time, and the system maps them in pieces of up to 2 MB."""
+        for array in self._mapped:
+            give_back_pages(array)
 
     def recommend(self, items: Sequence[str], *, k: int, exclude_seen: bool, head_D: NDArray[np.float32] | None = None) -> list[Recommendation]:
         """The ``k`` best items after ``items`` (oldest first), best first; of equal ones the smaller row."""

@@ -94,10 +94,10 @@ def test_forgetting_all_leaves_nothing_but_what_the_device_joined(store: History
     store.join("server")
     store.set_anchor(3, b"chain")
     for number in range(300):
-        store.record(f"plain {number}", float(number), 1.0, KEEP, shift=("model", b"LEARNED" * 10))
+        store.record(f"plain {number}", float(number), 1.0, KEEP)
     store.begin_training(1000.0)
     store.forget(None)
-    assert not any(b"plain" in data or b"LEARNED" in data for data in files_of(store.path.parent).values())
+    assert not any(b"plain" in data for data in files_of(store.path.parent).values())
     assert store.items() == []
     assert store.trainings(1000.0) == 0
     assert store.servers() == ["server"]
@@ -146,9 +146,3 @@ def test_a_file_that_is_no_history_is_refused(tmp_path: Path):
     store.close()
     with pytest.raises(DataError, match="history format 9"):
         HistoryStore(path)
-
-
-def test_an_adaptation_is_that_of_its_model_alone(store: HistoryStore):
-    store.record("i", 1.0, 1.0, KEEP, shift=("model", b"\0\0\x80?" * 2))
-    assert store.adaptation("model") is not None and store.adaptation("model").tolist() == [1.0, 1.0]  # type: ignore[union-attr]
-    assert store.adaptation("another") is None
