@@ -164,14 +164,17 @@ def _summary(run: Run) -> str:
     counts = " and item-to-item counts" if run.config.get("counts") else ""
     model, planned = run.report.get("model") or {}, server.get("rounds")
     done = (run.report.get("cost") or {}).get("rounds", planned)
+    task = f" by {_and(tasks)}" if tasks else ""
+    name = _ENCODERS.get(str(encoder["name"]), str(encoder["name"]))
+    if planned == 0 and counts:
+        taught = f", and one {name} encoder that the server taught from it" if run.config.get("distillation") else ""
+        return f"Item-to-item counts, summed once over histories that stay with their users{taught}. No round of training."
     rounds = f", over {done:,} rounds of about {server['cohort']:g} users" if {"rounds", "cohort"} <= server.keys() else ""
     kept = f" Training was stopped early, of {planned:,} planned rounds." if model.get("stopped_early") and planned else ""
     if model.get("round", done) != done:
         kept += f" What is reported is the model after round {model['round']:,}, the best on validation."
     if model.get("average_from"):
         kept += f" Its weights are the mean of those after rounds {model['average_from']:,} to {model['round']:,}."
-    task = f" by {_and(tasks)}" if tasks else ""
-    name = _ENCODERS.get(str(encoder["name"]), str(encoder["name"]))
     return f"One {name} encoder{counts}, learned{task} from histories that stay with their users{rounds}.{kept}"
 
 
@@ -203,8 +206,12 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         cards.append(("Privacy", "no promise", "no noise was added; see below"))
     cost = run.report.get("cost") or {}
     if "upload_bytes_per_user" in cost:
-        seconds = f", {_duration(cost['seconds'])} in all" if "seconds" in cost else ""
-        cards.append(("Upload, per user and round", _bytes(cost["upload_bytes_per_user"]), f"{cost.get('rounds', 0):,} rounds{seconds}"))
+        seconds = f"{_duration(cost['seconds'])} in all" if "seconds" in cost else ""
+        if not cost.get("rounds") and cost.get("counts_upload_bytes_per_user"):
+            cards.append(("Upload, per user, once", _bytes(cost["counts_upload_bytes_per_user"]), seconds))
+        else:
+            rounds = f"{cost.get('rounds', 0):,} rounds"
+            cards.append(("Upload, per user and round", _bytes(cost["upload_bytes_per_user"]), f"{rounds}, {seconds}" if seconds else rounds))
     return cards
 
 
@@ -294,7 +301,10 @@ def _members(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Reco
 
 def _cost(run: Run) -> dict[str, str]:
     words: dict[str, str] = {}
-    for name, value in (run.report.get("cost") or {}).items():
+    cost = run.report.get("cost") or {}
+    for name, value in cost.items():
+        if value == 0 and cost.get("rounds") == 0:
+            continue  # Of rounds, and there were none.
         shown = "Peak memory" if name == "peak_rss_bytes" else _words(name)
         if not isinstance(value, int | float):
             words[shown] = str(value)

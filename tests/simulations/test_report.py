@@ -175,6 +175,15 @@ def test_the_page_says_which_rounds_the_model_is_of(tmp_path):
     assert "What is reported is the model after round 8, the best on validation. Its weights are the mean of those after rounds 5 to 8." in stopped
 
 
+def test_a_run_that_only_counts_says_so_and_shows_no_rounds(tmp_path):
+    cost = {"rounds": 0, "users_trained": 0, "seconds": 9.0, "upload_bytes_per_user": 0, "counts_upload_bytes_per_user": 4_000_000}
+    config = {"encoder": {"name": "sasrec"}, "counts": {"lags": 2}, "distillation": {"steps": 9}, "server": {"rounds": 0, "cohort": 64}}
+    text = page(folder(tmp_path / "r", config=config, report={"cost": cost, "model": {"round": 1}}))
+    assert "one SASRec encoder that the server taught from it. No round of training." in text
+    assert "Upload, per user, once" in text and "4 MB" in text
+    assert "Users trained" not in text and "0 rounds" not in text and "after round" not in text
+
+
 def test_a_line_that_is_being_written_is_not_read_yet(tmp_path):
     run = folder(tmp_path / "run", lines=rounds(2))
     with (run / "metrics.jsonl").open("a") as file:

@@ -154,9 +154,10 @@ def _finish(run: Run, as_json: bool) -> None:
     if run.config.evaluation.patience:
         stopped = f"stopped early after round {cost['rounds']} of {run.config.server.rounds}; " if kept["stopped_early"] else ""
         typer.echo(f"{stopped}the model is that of round {kept['round']}, the best on validation")
+    rounds, speed = (f"{cost['rounds']} rounds in ", f", {cost['users_per_second']:.0f} users a second") if cost["rounds"] else ("no round of training; ", "")
     typer.echo(
-        f"{cost['rounds']} rounds in {cost['seconds']:.0f} s, {cost['users_per_second']:.0f} users a second, "
-        f"peak {cost['peak_rss_bytes'] / 1e6:.0f} MB\ncheckpoint: {run.folder / 'checkpoints' / kept['checkpoint']}\nreport: {page}"
+        f"{rounds}{cost['seconds']:.0f} s{speed}, peak {cost['peak_rss_bytes'] / 1e6:.0f} MB\n"
+        f"checkpoint: {run.folder / 'checkpoints' / kept['checkpoint']}\nreport: {page}"
     )
 
 
