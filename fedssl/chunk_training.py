@@ -33,6 +33,9 @@ MOST_WINDOWS = 16
 POSITIONS_A_USER = 50
 """A chunk of longer windows than this holds fewer users, so that a chunk is about the same work, and its activations stay in the cache."""
 
+FEWEST_USERS = 6
+"""What a chunk costs beside its users would be too large a part of smaller ones."""
+
 
 class Chunk(NamedTuple):
     """Users to train: their places among the node's users, their stable numbers, their heads (U, D) or None."""
@@ -101,13 +104,17 @@ class MappedJob(NamedTuple):
 def cut_chunks(lengths_U: NDArray[np.int64], users_U: NDArray[np.int64], *, window: int, windows: int, users_per_chunk: int) -> list[NDArray[np.int64]]:
     """Places of the users, those of like length together, the longest first: at most ``users_per_chunk`` of them, fewer of long windows.
 
+    A chunk is at most half of the work that is left, so that workers end together, but no smaller than `FEWEST_USERS`.
     ``window``, ``windows``: the positions of one, and how many a user trains on in a step.
     """
     order = np.lexsort((users_U, lengths_U))[::-1]
+    widths = np.minimum(lengths_U[order], window).clip(1) * windows
+    left = widths[::-1].cumsum()[::-1]
     chunks, first = [], 0
     while first < len(order):
-        width = min(int(lengths_U[order[first]]), window) * windows
-        size = min(users_per_chunk, max(users_per_chunk * POSITIONS_A_USER // max(width, 1), 1))
+        width = int(widths[first])
+        size = min(users_per_chunk, max(users_per_chunk * POSITIONS_A_USER // width, 1))
+        size = min(size, max(-(-int(left[first]) // (2 * width)), FEWEST_USERS))
         chunks.append(order[first : first + size])
         first += size
     return chunks

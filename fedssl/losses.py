@@ -16,7 +16,8 @@ from torch.autograd import Function
 
 from fedssl.item_table import ItemTable
 
-POSITIONS_AT_ONCE = 128
+POSITIONS_AT_ONCE = 48
+"""Positions of a user whose scores over the whole catalogue are held at once: for thousands of items they then stay in a core's own cache."""
 
 
 def softmax_loss(hidden_UMD: Tensor, table: ItemTable, targets_UM: Tensor, weight_UM: Tensor) -> Tensor:

@@ -260,6 +260,15 @@ def test_chunks_of_long_windows_hold_fewer_users_but_never_none(lengths: list[in
         assert len(chunk) == 1 or (len(chunk) <= most and len(chunk) * longest <= most * 50)
 
 
+@given(lengths=st.lists(st.integers(0, 400), min_size=1, max_size=200), most=st.integers(1, 64))
+def test_a_chunk_is_at_most_half_of_the_work_that_is_left_or_a_few_users(lengths: list[int], most: int):
+    chunks = cut_chunks(np.array(lengths, dtype=np.int64), np.arange(len(lengths)), window=100, windows=1, users_per_chunk=most)
+    work = [sum(min(max(lengths[place], 1), 100) for place in chunk) for chunk in chunks]
+    for number, chunk in enumerate(chunks):
+        longest = min(max(lengths[chunk[0]], 1), 100)
+        assert len(chunk) <= 6 or work[number] < sum(work[number:]) / 2 + longest
+
+
 def test_the_store_of_a_node_opens_as_the_shard_that_was_written(tmp_path: Path):
     users = np.array([4, 9, 17])
     write_shard(tmp_path / "node", small_dataset().histories, users, users_per_chunk=7, workers=2)
