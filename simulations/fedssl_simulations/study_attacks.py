@@ -85,14 +85,36 @@ def _title(what: str, label: str) -> str:
 
 
 def attack_tables(outcome: Outcome) -> list[AttackTable]:
-    """A table for each attack: a row an epsilon and row of what was found. Notes that hold of one epsilon alone are left to the attack's own file."""
+    """A table for each attack: a row an epsilon and row of what was found, no privacy first; what is the same at every epsilon stands once, first.
+
+    Notes that hold of one epsilon alone are left to the attack's own file.
+    """
     tables = []
     for (what, label), found in _by_attack(outcome).items():
         columns = ["epsilon", *(name for name in found[0].found["rows"][0] if name != "epsilon")]
-        rows = [[epsilon_word(one.point.epsilon), *(_text(row[name]) for name in columns[1:])] for one in found for row in one.found["rows"]]
+        rows = [(one, row) for one in reversed(found) for row in one.found["rows"]]
+        texts = [[_word_of(one, row, name) for name in columns[1:]] for one, row in rows]
+        always = [list(row) for row in dict.fromkeys(map(tuple, texts)) if len(found) > 1 and texts.count(list(row)) == len(found)]
+        told = [["any", *row] for row in always]
+        told += [[epsilon_word(one.point.epsilon), *row] for (one, _), row in zip(rows, texts, strict=True) if row not in always]
         notes = [note for note in found[0].found["notes"] if all(note in one.found["notes"] for one in found)]
-        tables.append(AttackTable(_title(what, label), columns, rows, notes))
+        tables.append(AttackTable(_title(what, label), ["ε", *(_heading(name) for name in columns[1:])], told, notes))
     return tables
+
+
+def _word_of(one: Done, row: Mapping[str, Any], name: str) -> str:
+    """A cell; a run that was probed goes by its method, because its epsilon stands beside it."""
+    value = row[name]
+    return _method_of(one.point.source) if name == "model" and value == one.point.source.rpartition("/")[2] else _text(value)
+
+
+def _method_of(folder: str) -> str:
+    """The method in the name of a run's folder (`Point.folder`)."""
+    return folder.rpartition("/")[2].partition("-epsilon-")[0].replace("-", " ")
+
+
+def _heading(name: str) -> str:
+    return name.upper() if name == "auc" else name.capitalize()
 
 
 def epsilon_word(epsilon: float) -> str:

@@ -52,7 +52,7 @@ def render_study(study: StudyConfig, outcome: Outcome) -> str:
         drawings=[*_utility(study, runs, names), *attack_charts(outcome, names)],
         cells=cells,
         attacks=attack_tables(outcome),
-        promises=_promises(study, runs),
+        words=_promises(study, runs),
         terms=_terms(study, runs),
         table=as_markdown(study, cells),
         left=[point.folder for point in outcome.left],
@@ -150,15 +150,26 @@ def _utility(study: StudyConfig, runs: Sequence[Done], names: Sequence[float]) -
     return drawings
 
 
-def _promises(study: StudyConfig, runs: Sequence[Done]) -> list[tuple[str, Promise]]:
-    """What is promised at each epsilon, in words, and of whom: of the first method that has a run there."""
-    kept = []
-    for epsilon in sorted(study.epsilon, reverse=True):
-        found = next(((method.name, one) for method in study.method if method.run for one in _at(method, epsilon, runs)), None)
-        if found is not None:
-            name, one = found
-            kept.append(("" if math.isinf(epsilon) else name, promise({} if math.isinf(epsilon) else one.found.get("privacy") or {}, {})))
-    return kept
+@dataclass(frozen=True)
+class _Words:
+    """What is promised at each epsilon, a sentence each with its epsilon; what holds at all of them; and what no privacy means."""
+
+    at_each: Sequence[tuple[str, str]]
+    at_all: Sequence[str]
+    without: Promise | None
+
+
+def _promises(study: StudyConfig, runs: Sequence[Done]) -> _Words:
+    """In words, of all methods with runs of their own: the first sentence says epsilon, the others hold at every one."""
+    at_each: dict[str, str] = {}
+    at_all: dict[str, None] = {}
+    for epsilon in sorted((epsilon for epsilon in study.epsilon if not math.isinf(epsilon)), reverse=True):
+        for one in [one for method in study.method if method.run for one in _at(method, epsilon, runs)]:
+            kept = promise(one.found.get("privacy") or {}, {})
+            at_each.setdefault(kept.title, kept.sentences[0])
+            at_all.update(dict.fromkeys(kept.sentences[1:]))
+    is_open = any(math.isinf(one.point.epsilon) for one in runs)
+    return _Words(list(at_each.items()), list(at_all), promise({}, {}) if is_open else None)
 
 
 def _terms(study: StudyConfig, runs: Sequence[Done]) -> list[tuple[str, list[str]]]:

@@ -219,6 +219,8 @@ def test_the_page_shows_utility_attacks_promises_and_what_is_left_and_fetches_no
     assert "Small &lt;study&gt;" in page and "<study>" not in page
     for words in ("What privacy costs", "Who was trained on?", "0.700 (0.600 to 0.800)", "ε = 8", "No differential privacy", "1 point to go", "16 shadows"):
         assert words in page
+    # What is promised stands once, with a sentence for each epsilon; what an attack finds everywhere alike would too.
+    assert page.count("by at most a factor of e^8") == page.count("by at most a factor of e^2") == page.count("The unit is one user") == 1
     # Of the two ways to attack the better one is drawn, with chance beside it.
     assert page.count("AUC, epsilon ∞: 0.700") == 1 and "chance, of AUC" in page
     assert "http" not in page.replace("http://www.w3.org", "") and "<script" not in page
