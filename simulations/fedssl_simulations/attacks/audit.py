@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedssl.errors import ConfigError
 from fedssl.privacy.keys import Keys
 from fedssl_simulations.attacks import bounds
 from fedssl_simulations.attacks.audited_counts import see_counts
@@ -97,20 +98,26 @@ def audit_all(
     *,
     canaries: int = 100_000,
     repeats: int = 1,
+    only: Sequence[str] = (),
     delta: float = 1e-5,
     seed: int = 0,
     on_done: Callable[[Audit], None] = lambda done: None,
 ) -> Found:
-    """Every scenario, ``repeats`` times each with fresh keys, as one table. Ledgers and keys lie under ``folder`` until it returns.
+    """Every scenario, or those named in ``only``, ``repeats`` times each with fresh keys, as one table. Ledgers and keys lie under ``folder`` until
+    it returns. Raises ConfigError for a scenario that there is not.
 
     Those of windows need Opacus; where it is not installed a note says that they were left out.
     """
+    names = [scenario.name for scenario in SCENARIOS]
+    if unknown := set(only) - set(names):
+        raise ConfigError(f"there is no audit of {sorted(unknown)[0]!r}; there is {'; '.join(names)}")
+    chosen = [scenario for scenario in SCENARIOS if not only or scenario.name in only]
+    possible = [scenario for scenario in chosen if scenario.see is not see_windows or find_spec("opacus") is not None]
+    if not possible:
+        raise ConfigError("an audit of windows on a device needs Opacus, which is not installed; pip install 'fedssl[window-dp]'")
     groups: list[tuple[str, list[Audit]]] = []
-    has_opacus = find_spec("opacus") is not None
     with tempfile.TemporaryDirectory(dir=folder) as ledgers:
-        for scenario in SCENARIOS:
-            if scenario.see is see_windows and not has_opacus:
-                continue
+        for scenario in possible:
             done: list[Audit] = []
             for number in range(repeats):
                 done.append(audit(scenario, Path(ledgers) / f"{len(groups)}-{number}", canaries=canaries, delta=delta, seed=seed + number))
@@ -118,7 +125,7 @@ def audit_all(
             groups.append((scenario.name, done))
     found = found_of(groups)
     left_out = "Windows on a device were left out: they need Opacus, pip install 'fedssl[window-dp]'."
-    return found if has_opacus else replace(found, notes=[*found.notes, left_out])
+    return found if possible == chosen else replace(found, notes=[*found.notes, left_out])
 
 
 def found_of(groups: Sequence[tuple[str, Sequence[Audit]]], *, first_column: str = "rounds") -> Found:

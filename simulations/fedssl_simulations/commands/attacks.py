@@ -52,6 +52,7 @@ def audit(
     canaries: Annotated[int, typer.Option(min=4000, help="Users whose update is known; half of them take part")] = 100_000,
     delta: Annotated[float, typer.Option(help="Delta of the claim")] = 1e-5,
     repeats: Annotated[int, typer.Option(min=1, help="Audits of each kind, with fresh keys")] = 1,
+    only: Annotated[list[str] | None, typer.Option(metavar="ROUNDS", help="Audit these alone, by their name in the table; may be repeated")] = None,
     mistakes: Annotated[bool, typer.Option("--mistakes", help="Audit planted mistakes instead: every one should be found")] = False,
     out: AttackOut = Path("attacks"),
     quiet: Quiet = False,
@@ -74,7 +75,7 @@ def audit(
     if mistakes:
         found = audit_mistakes(out, canaries=canaries, delta=delta, seed=randbits(32), on_done=say)
     else:
-        found = audit_all(out, canaries=canaries, repeats=repeats, delta=delta, seed=randbits(32), on_done=say)
+        found = audit_all(out, canaries=canaries, repeats=repeats, only=only or (), delta=delta, seed=randbits(32), on_done=say)
     _finish_attack(found, out, as_json)
 
 

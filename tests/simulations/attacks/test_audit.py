@@ -29,6 +29,7 @@ from fedssl_simulations.attacks.scenarios import Scenario
 
 from fedssl.client_round import Shard, client_round
 from fedssl.config import PrivacyConfig
+from fedssl.errors import ConfigError
 from fedssl.parts import initial_weights
 from fedssl.privacy.keys import Keys
 from fedssl.privacy.ledger import Ledger
@@ -126,6 +127,15 @@ def test_without_opacus_windows_are_left_out_and_a_note_says_so(tmp_path: Path, 
     found = audit_all(tmp_path, canaries=2000)
     assert [row["rounds"] for row in found.rows] == [COUNTS.name]
     assert "Windows on a device were left out" in found.notes[-1]
+    with pytest.raises(ConfigError, match="needs Opacus"):
+        audit_all(tmp_path, only=[WINDOWS.name])
+
+
+def test_audits_are_chosen_by_name(tmp_path: Path):
+    found = audit_all(tmp_path, canaries=2000, repeats=2, only=[COUNTS.name])
+    assert [(row["rounds"], row["refuted"]) for row in found.rows] == [(COUNTS.name, "0 of 2")]
+    with pytest.raises(ConfigError, match=r"no audit of 'some'; there is everybody, every round; .*windows"):
+        audit_all(tmp_path, only=["some"])
 
 
 def test_a_mistake_is_taken_out_again():
