@@ -40,8 +40,9 @@ federation: $(READY)  ## A SuperLink and two SuperNodes on this machine reach th
 wheel-check: $(READY)  ## Install the wheel with all it needs for PYTHON in an empty environment; the demo and a federation run there
 	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel_check.py --python $(PYTHON) --pip-args='$(PIP_ARGS)'
 
-docs: $(READY)  ## Write docs/settings.md from the settings' classes
-	$(BIN)/python -m fedssl_simulations.settings_page > docs/settings.new && mv docs/settings.new docs/settings.md
+docs: $(READY)  ## Write docs/settings.md and docs/device.md from the settings' classes
+	$(BIN)/python -m fedssl_simulations.settings_page run > docs/settings.new && mv docs/settings.new docs/settings.md
+	$(BIN)/python -m fedssl_simulations.settings_page device > docs/device.new && mv docs/device.new docs/device.md
 
 proto: $(READY)  ## Write what speaks the agent's language from client/fedssl_client/device.proto
 	$(BIN)/python -m grpc_tools.protoc -I client --python_out=client --pyi_out=client fedssl_client/device.proto

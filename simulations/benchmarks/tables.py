@@ -312,5 +312,22 @@ def kills() -> str:
     )
 
 
+def device() -> str:
+    row = results.newest("device")
+    if row is None:
+        return ""
+    found = {name: f"{value:.0f}" if name.endswith("MB") else f"{value:.2g}" for name, value in row["measured"].items()}
+    parts = [
+        f"start to first recommendation {found['start to first recommendation s']} s",
+        f"`Recommend` {found['recommend p50 ms']} ms, 99% below {found['recommend p99 ms']} ms",
+        f"`Record`, on the disk, {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
+        f"agent idle {found['idle MB']} MB, after a training {found['after a training MB']} MB",
+        f"the process that trains {found['training child MB']} MB for {found['training s']} s, and Flower's ClientApp beside it {found['ClientApp MB']} MB",
+        f"a training ends {found['gate to the end of a training s']} s after a gate closes",
+    ]
+    about = f"{row['items']:,} items, 1.82 million cells of counts, a history of {row['history']}; the agent asked over its socket"
+    return f"**A device** (`python simulations/benchmarks/device.py`; {about}): {'; '.join(parts)}.\n"
+
+
 if __name__ == "__main__":
     main()

@@ -1,11 +1,13 @@
-"""docs/settings.md, made from the settings' classes: ``python -m fedssl_simulations.settings_page > docs/settings.md``."""
+"""docs/settings.md and docs/device.md, made from the settings' classes: ``python -m fedssl_simulations.settings_page run > docs/settings.md``."""
 
 from __future__ import annotations
 
+import sys
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+from fedssl_client.policy import Policy
 from pydantic.fields import FieldInfo
 
 from fedssl.config import RunConfig, Settings
@@ -18,13 +20,20 @@ Every key of a RUN.toml, with its type, its default and its meaning. Made from `
 A file may begin with `preset = "NAME"` (`fedssl presets` lists them) and then change only what it names. On the command line `--set section.key=value`
 does the same; `--set task.0.weight=0.5` reaches into lists, `--set counts=none` takes the section away. An unknown key is an error that names its neighbour.
 """
+DEVICE_INTRODUCTION = """\
+# Settings of a device
+
+Every key of a device.toml, with its type, its default and its meaning. Made from `client/fedssl_client/policy.py` by `make docs`; do not edit.
+
+The file is the person's. Nothing is allowed by default; the agent reads it anew before every training. An unknown key is an error that names its neighbour.
+"""
 
 
-def settings_page() -> str:
+def settings_page(whole: type[Settings] = RunConfig, introduction: str = INTRODUCTION) -> str:
     """The whole page, Markdown: one section a class, one line a key, in the order of the code."""
-    top = [name for name, field in RunConfig.model_fields.items() if section_of(field.annotation) is None]
-    parts = [INTRODUCTION, "## At the top\n\n" + _table(RunConfig, top)]
-    for name, field in RunConfig.model_fields.items():
+    top = [name for name, field in whole.model_fields.items() if section_of(field.annotation) is None]
+    parts = [introduction, "## At the top\n\n" + _table(whole, top)]
+    for name, field in whole.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
             heading = f"[[{name}]]" if get_origin(field.annotation) is tuple else f"[{name}]"
@@ -88,9 +97,14 @@ def _default(field: FieldInfo) -> str:
     return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value!r}`".replace("'", '"')
 
 
+def device_page() -> str:
+    """The page of a device's policy."""
+    return settings_page(Policy, DEVICE_INTRODUCTION)
+
+
 def main() -> None:
-    """Print the page."""
-    print(settings_page(), end="")
+    """Print the page of a run, or of a device."""
+    print({"run": settings_page, "device": device_page}[sys.argv[1]](), end="")
 
 
 if __name__ == "__main__":

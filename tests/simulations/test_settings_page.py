@@ -1,11 +1,11 @@
-"""docs/settings.md says what the code says."""
+"""docs/settings.md and docs/device.md say what the code says."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from fedssl_simulations.settings_page import settings_page, type_words
+from fedssl_simulations.settings_page import device_page, settings_page, type_words
 
 from fedssl.config import CountsConfig, EncoderConfig, RunConfig, ServerConfig
 
@@ -14,6 +14,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 def test_the_page_is_up_to_date():
     assert PAGE.read_text(encoding="utf-8") == settings_page(), "docs/settings.md is older than fedssl/config.py; run: make docs"
+    device = PAGE.with_name("device.md").read_text(encoding="utf-8")
+    assert device == device_page(), "docs/device.md is older than client/fedssl_client/policy.py; run: make docs"
 
 
 def test_every_section_and_every_key_has_a_line_with_a_meaning():
