@@ -259,6 +259,14 @@ def peers() -> str:
     for name, cohort in cohorts.items():
         cells = [f"{row['users_per_second'][name]:.0f} | {row['times'].get(name, 1):.1f}" for row in rows]
         lines.append(f"| {name} | {cohort} | {' | '.join(cells)} |")
+    floors = [found for row in rows if (found := results.newest("throughput", steps=row["steps"])) is not None]
+    if len(floors) == len(rows):
+        most = [row["ms_a_user"]["Flower"] / min(floor["ms_a_user"].values()) for row, floor in zip(rows, floors, strict=True)]
+        lines += [
+            "",
+            "Next to Flower nothing on this machine could be 100 times as fast: the floor above, a plain batch that makes no update of any user, "
+            f"would be {' and '.join(f'{value:.0f}' for value in most)} times as fast.",
+        ]
     return "\n".join([*lines, ""])
 
 
