@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from fedssl import __version__
 from fedssl.disk import write_whole
 from fedssl.errors import RunFolderError
 from fedssl_simulations.charts import BarChart, LineChart, Series, bar_chart, line_chart
+from fedssl_simulations.pages import in_words, render
 from fedssl_simulations.promise import Promise, promise
 from fedssl_simulations.tables import Recommender, best, metric_names, opened, recommenders
 
@@ -79,11 +78,8 @@ def render_report(run_dirs: Sequence[Path], *, public: bool = False) -> str:
     if not runs:
         raise RunFolderError("no run folder was named, so there is nothing to report; name one or more")
     runs = [replace(run, name=name, colour=number % _COLOURS) for number, (run, name) in enumerate(zip(runs, _names(run_dirs), strict=True))]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedssl_simulations"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(metric=_metric, words=_words)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         title=" · ".join(run.name for run in runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else ""),
         runs=runs,
         cards=_cards(runs[0]) if len(runs) == 1 else [],
@@ -305,7 +301,7 @@ def _cost(run: Run) -> dict[str, str]:
     for name, value in cost.items():
         if value == 0 and cost.get("rounds") == 0:
             continue  # Of rounds, and there were none.
-        shown = "Peak memory" if name == "peak_rss_bytes" else _words(name)
+        shown = "Peak memory" if name == "peak_rss_bytes" else in_words(name)
         if not isinstance(value, int | float):
             words[shown] = str(value)
         elif "bytes" in name:
@@ -318,7 +314,7 @@ def _cost(run: Run) -> dict[str, str]:
 
 
 def _facts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {_words(name.replace(".", ": ")): "–" if value == "null" else value for name, value in _settings(values).items()}
+    return {in_words(name.replace(".", ": ")): "–" if value == "null" else value for name, value in _settings(values).items()}
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -342,14 +338,6 @@ def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def _side_by_side(columns: Sequence[Mapping[str, str]]) -> list[tuple[str, list[str]]]:
     names = dict.fromkeys(name for column in columns for name in column)
     return [(name, [column.get(name, "–") for column in columns]) for name in names]
-
-
-def _metric(value: float | None) -> str:
-    return "–" if value is None or value != value else f"{value:.4f}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ").capitalize()
 
 
 def _bytes(value: float) -> str:

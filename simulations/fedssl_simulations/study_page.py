@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from fedssl import __version__
 from fedssl_simulations.charts import Series
+from fedssl_simulations.pages import render
 from fedssl_simulations.promise import Promise, promise
 from fedssl_simulations.study import Done, Outcome, test_of
 from fedssl_simulations.study_attacks import Drawing, against_epsilon, attack_charts, attack_tables, epsilon_word
@@ -43,10 +42,8 @@ def render_study(study: StudyConfig, outcome: Outcome) -> str:
     names = epsilons(study)
     cells = cells_of(study, outcome)
     runs = [one for one in outcome.done if one.point.what == "run"]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fedssl_simulations"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.get_template("study.html").render(
+    return render(
+        "study.html",
         title=study.title,
         methods=[(method.name, number % 6) for number, method in enumerate(study.method)],
         drawings=[*_utility(study, runs, names), *attack_charts(outcome, names)],
