@@ -22,9 +22,11 @@ from fedssl_client.gates import platform_of
 from fedssl_client.history import HistoryStore, now
 from fedssl_client.policy import OutsidePolicy, Policy, read_policy
 from fedssl_client.recommender import DeviceRecommender, Recommendation
+from fedssl_client.store import locked
 from fedssl_client.training import Trainer, command_of
 
 DEFAULT_K = 10
+_NO_MODEL = (0, 0)
 
 
 class NoModel(FedSSLError):
@@ -47,7 +49,9 @@ class Agent:
         self._model_lock = threading.Lock()
         self._recommender: DeviceRecommender | None = None
         self._head: NDArray[np.float32] | None = None
-        self._made = (0, 0)
+        self._made = _NO_MODEL
+        with locked(folder):
+            settle(folder / MODEL)  # Not while an import exchanges the names.
         self.load_model()
 
     def record(self, item: str, when: float | None, value: float | None) -> None:
@@ -160,23 +164,26 @@ class Agent:
             self._history.close()
 
     def load_model(self) -> None:
-        """Recommend with what is in the folder now: another model, or newer weights of the same. Raises CheckpointError where it is not whole."""
+        """Recommend with what is in the folder now: another model, or newer weights of the same. Without one, those at hand stay.
+
+        Raises CheckpointError where it is not whole.
+        """
         with self._model_lock:
             made = self._model_on_disk()
-            if self._recommender is not None and made[0] == self._made[0]:
-                if made != self._made:
+            if made != self._made and made != _NO_MODEL:
+                if self._recommender is not None and made[0] == self._made[0]:
                     self._recommender.refresh()
-            else:
-                self._recommender = DeviceRecommender(self.folder / MODEL) if settle(self.folder / MODEL) else None
-            self._made = self._model_on_disk()
+                else:
+                    self._recommender = DeviceRecommender(self.folder / MODEL)
+                self._made = made
             self._head = self._read_head()
 
     def _model_on_disk(self) -> tuple[int, int]:
-        """Which model folder there is, and which encoder in it; zeros for none."""
+        """Which model folder there is, and which encoder in it."""
         try:
             return (self.folder / MODEL).stat().st_ino, (self.folder / MODEL / ENCODER_FILE).stat().st_mtime_ns
         except FileNotFoundError:
-            return 0, 0
+            return _NO_MODEL
 
     def _read_head(self) -> NDArray[np.float32] | None:
         """The person's head of the run that the model comes from; None where that run has none here."""

@@ -86,3 +86,14 @@ def check_private(folder: Path) -> None:
         raise ConfigError(f"{folder}: no such folder; make one with `fedssl device init {folder}`")
     if mode & 0o077:
         raise ConfigError(f"{folder}: mode {mode:04o} lets others in; nobody but its owner may: chmod 0700 {folder}")
+
+
+def read_token(folder: Path) -> str:
+    """What a local TCP client shows. Raises ConfigError where there is none."""
+    try:
+        token = (folder / TOKEN).read_text().strip()
+    except OSError as error:
+        raise ConfigError(f"{folder / TOKEN}: cannot be read ({error.strerror}); write a long random text there, or set [agent] port = 0") from None
+    if len(token) < 32:
+        raise ConfigError(f"{folder / TOKEN}: {len(token)} characters; write a long random text of 32 or more there, or set [agent] port = 0")
+    return token

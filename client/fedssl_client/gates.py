@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +17,8 @@ from fedssl.names import find
 from fedssl_client.policy import GateSettings
 
 MB = 1_000_000
+SHORTEST, LONGEST = 0.2, 5.0
+"""Seconds that a look at the processor spans: less is chance, more is the past."""
 WHILE_TRAINING = 0.2
 """Share of ``least_memory_mb`` that must stay free while training, which then takes the rest."""
 
@@ -29,6 +34,8 @@ class Readings:
     free_memory: int
 
 
+_Times: TypeAlias = tuple[float, float, int | None, float]
+"""Seconds of all processors, of which used; who trains, and what that has used."""
 Platform: TypeAlias = Callable[[Path, "psutil.Process | None"], Readings]
 """Readings of the disk that a folder is on, and of the machine; the process that trains, where one does."""
 
@@ -42,11 +49,11 @@ def platform_of(settings: GateSettings) -> Platform:
 
 
 class LinuxReadings:
-    """psutil, and what Linux says of networks under /sys and /proc. How busy it is counts from the call before."""
+    """psutil, and what Linux says of networks under /sys and /proc. How busy it is counts from the call before, or over a fifth of a second."""
 
     def __init__(self, system: Path = Path("/")):
-        self._system = system
-        self._before = self._times(None)
+        self._system, self._lock = system, threading.Lock()
+        self._before, self._when, self._last = self._times(None), -math.inf, 0.0
 
     def __call__(self, folder: Path, training: psutil.Process | None) -> Readings:
         """What the machine says now."""
@@ -74,7 +81,7 @@ class LinuxReadings:
                 return False
         return True
 
-    def _times(self, training: psutil.Process | None) -> tuple[float, float, int | None, float]:
+    def _times(self, training: psutil.Process | None) -> _Times:
         times, own = psutil.cpu_times(), 0.0
         idle = times.idle + getattr(times, "iowait", 0.0)
         if training is not None:
@@ -88,9 +95,20 @@ class LinuxReadings:
         return whole, whole - idle, training.pid if training is not None else None, own
 
     def _busy(self, training: psutil.Process | None) -> float:
-        whole, used, who, own = self._times(training)
+        with self._lock:
+            since = time.monotonic() - self._when
+            if since < SHORTEST:
+                return self._last
+            if since > LONGEST:
+                self._before = self._times(training)
+                time.sleep(SHORTEST)
+            self._last, self._when = self._busy_since(self._times(training)), time.monotonic()
+            return self._last
+
+    def _busy_since(self, now: _Times) -> float:
+        whole, used, who, own = now
         before, used_before, who_before, own_before = self._before
-        self._before = (whole, used, who, own)
+        self._before = now
         if whole <= before:
             return 0.0
         of_training = own - own_before if who == who_before else own

@@ -23,7 +23,7 @@ from fedssl.disk import writing
 from fedssl.errors import ConfigError, DataError, DiskError, FedSSLError
 from fedssl_client import device_pb2 as pb
 from fedssl_client.agent import Agent, NoModel, as_json
-from fedssl_client.device_folder import TOKEN, app_socket, check_private, training_socket
+from fedssl_client.device_folder import app_socket, check_private, read_token, training_socket
 from fedssl_client.policy import OutsidePolicy
 from fedssl_client.training import NotNow, TrainingFailed
 
@@ -180,8 +180,11 @@ def serving(folder: Path, agent: Agent | None = None) -> Iterator[Agent]:
             _server(device, _socket_address(app_socket(folder)), is_private=True, most_bytes=1 << 22),
             _server(training, _socket_address(training_socket(folder, policy)), is_private=False, most_bytes=for_training),
         ]
+        if policy.agent.training_socket:
+            # For another user than ours: whom the folder lets in, whose rights are the operator's.
+            training_socket(folder, policy).chmod(0o666)
         if policy.agent.port:
-            token = (folder / TOKEN).read_text().strip()
+            token = read_token(folder)
             servers.append(_server(device, f"127.0.0.1:{policy.agent.port}", is_private=True, most_bytes=1 << 22, token=token))
         try:
             yield agent

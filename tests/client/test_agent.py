@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -143,6 +144,27 @@ def test_the_training_socket_reaches_neither_history_nor_recommendations(tmp_pat
     with agent_of(folder), connect(f"unix:{folder / 'training' / 'train.sock'}", "Device") as intruder:
         for method in ("Export", "Recommend", "Status", "Forget", "Record", "Join", "Leave"):
             assert code_of(intruder, method)[0] == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.skipif(
+    os.geteuid() != 0 or not Path("/usr/bin/python3").exists(), reason="only root can become another user, and that one needs a Python outside of ours"
+)
+def test_another_user_reaches_the_training_socket_where_its_folder_lets_them_in_and_nothing_else():
+    knock = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        Path(name).chmod(0o755)
+        shared = Path(name) / "run"
+        shared.mkdir()
+        shared.chmod(0o711)
+        folder = make_device(Path(name) / "d", agent={"training_socket": str(shared / "train.sock")})
+        with serving(folder):
+            for path, may in ((shared / "train.sock", True), (app_socket(folder), False)):
+                done = subprocess.run(["/usr/bin/python3", "-c", knock, str(path)], user=65534, group=65534, extra_groups=[], capture_output=True, check=False)
+                assert (done.returncode == 0) is may, done.stderr
+                assert may or b"PermissionError" in done.stderr
+            for file in ("history.sqlite", "device.toml", "uploads.sqlite", "device.key", "token"):
+                done = subprocess.run(["/bin/cat", str(folder / file)], user=65534, group=65534, extra_groups=[], capture_output=True, check=False)
+                assert b"Permission denied" in done.stderr
 
 
 def test_the_clientapp_gets_through_the_agent_what_the_child_gives(tmp_path: Path):

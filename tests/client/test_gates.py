@@ -63,13 +63,20 @@ def test_a_way_out_over_a_mobile_device_is_metered(tmp_path: Path):
         assert LinuxReadings(tmp_path)(tmp_path, None).unmetered is unmetered
 
 
-def test_what_the_training_uses_is_not_what_keeps_others_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_the_training_uses_is_not_what_keeps_others_busy():
     readings = LinuxReadings()
-    # Seconds of all processors, of which used, who trains, and what that has used: another training begins from nothing.
-    seen = iter([(200.0, 100.0, 7, 30.0), (300.0, 190.0, 7, 110.0), (400.0, 240.0, 8, 20.0), (500.0, 290.0, None, 0.0)])
     readings._before = (100.0, 40.0, None, 0.0)
-    monkeypatch.setattr(readings, "_times", lambda training: next(seen))
-    assert [readings(tmp_path, None).busy for _ in range(4)] == pytest.approx([0.3, 0.1, 0.3, 0.5])
+    # Another training begins from nothing.
+    seen = [(200.0, 100.0, 7, 30.0), (300.0, 190.0, 7, 110.0), (400.0, 240.0, 8, 20.0), (500.0, 290.0, None, 0.0)]
+    assert [readings._busy_since(times) for times in seen] == pytest.approx([0.3, 0.1, 0.3, 0.5])
+
+
+def test_a_look_spans_neither_an_instant_nor_the_hours_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    readings = LinuxReadings()
+    looks = iter([(1000.0, 500.0, None, 0.0), (1001.0, 500.1, None, 0.0)])
+    monkeypatch.setattr(readings, "_times", lambda training: next(looks))
+    # The first look of all is over its own fifth of a second; one that follows at once repeats it.
+    assert [readings(tmp_path, None).busy for _ in range(3)] == pytest.approx([0.1, 0.1, 0.1])
 
 
 def test_readings_of_this_machine_are_numbers_that_can_be(tmp_path: Path):
