@@ -31,7 +31,11 @@ class WireError(FedSSLError):
 
 
 class UploadRefused(FedSSLError):
-    """Admission refused one upload; the round goes on without it."""
+    """Admission refused one upload; the round goes on without it. ``kind``: why, in a word that counts are kept by."""
+
+    def __init__(self, message: str, kind: str = "form") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class AllUploadsRefused(FedSSLError):

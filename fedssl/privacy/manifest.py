@@ -142,16 +142,16 @@ def check_manifest(sums: Mapping[str, Any], declared: Mapping[str, DeclaredSum],
       - where users added noise, both bounds are as much wider as their noise is long, but for a chance below 1e-20;
       - a sparse sum lists cells of its matrix, sorted, each once (a cell listed twice would hide its norm).
 
-    Raises UploadRefused naming the sum.
+    Raises UploadRefused naming the sum, of kind names, form, coordinates or norm.
     """
     if most_users < 1:
-        raise UploadRefused(f"sums of {most_users} users; nobody was asked, so nothing may come")
+        raise UploadRefused(f"sums of {most_users} users; nobody was asked, so nothing may come", "names")
     for name in sums:
         if name not in declared:
-            raise UploadRefused(f"sum {name!r} is not declared; only {', '.join(declared)} may leave in this phase")
+            raise UploadRefused(f"sum {name!r} is not declared; only {', '.join(declared)} may leave in this phase", "names")
     for name, one in declared.items():
         if name not in sums:
-            raise UploadRefused(f"sum {name!r} is missing; wanted exactly {', '.join(declared)}")
+            raise UploadRefused(f"sum {name!r} is missing; wanted exactly {', '.join(declared)}", "names")
         _check_size(_values(sums[name], one), one, most_users)
 
 
@@ -212,7 +212,7 @@ def _check_size(values: NDArray[Any], one: DeclaredSum, most_users: int) -> None
     noise = math.ceil(NOISE_TAIL * std + rounding)
     if low < most_users * one.smallest - noise or high > most_users * one.largest + noise:
         wanted = f"{most_users * one.smallest - noise} to {most_users * one.largest + noise}"
-        raise UploadRefused(f"sum {one.name!r} has coordinates from {low} to {high} steps; {most_users} user(s) make at most {wanted}")
+        raise UploadRefused(f"sum {one.name!r} has coordinates from {low} to {high} steps; {most_users} user(s) make at most {wanted}", "coordinates")
     if one.clip_norm is None:
         return
     squared = squared_norm(values)
@@ -221,4 +221,4 @@ def _check_size(values: NDArray[Any], one: DeclaredSum, most_users: int) -> None
     longest += Fraction(std * (math.sqrt(values.size) + NOISE_TAIL) + rounding * math.sqrt(values.size))
     if squared > longest**2:
         norm = math.sqrt(squared) * one.step
-        raise UploadRefused(f"sum {one.name!r} has L2 norm {norm:.6g}; at most {float(longest) * one.step:g} come from {most_users} user(s)")
+        raise UploadRefused(f"sum {one.name!r} has L2 norm {norm:.6g}; at most {float(longest) * one.step:g} come from {most_users} user(s)", "norm")

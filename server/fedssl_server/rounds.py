@@ -7,6 +7,7 @@ a reply is added and dropped. Everything is keyed, so a resumed run repeats the 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -29,6 +30,8 @@ from fedssl_server.admission import admit
 
 REPLIES_AT_ONCE = 4
 """Replies asked for in one pull: a deployed Grid downloads all that are ready into a list."""
+MOST_WORDS = 500
+"""Characters that are kept of what a node says about its failure."""
 SHORTEST_PULL_SECONDS, PAUSE_SECONDS = 0.045, 0.2
 """A pull that found nothing sooner than that is followed by a pause, so that the loop does not spin."""
 
@@ -63,6 +66,7 @@ class RoundFacts:
 
     ``users``: how many were asked (under a plan that number is private). ``loss``: mean over users, where it was declared.
     ``clip_norm``: the round's, where it is adaptive. ``answered``: users who were asked by nodes whose uploads were added.
+    ``refused_for``: how many answers were refused, or missed, by kind (`admission`).
     """
 
     phase: str
@@ -78,6 +82,7 @@ class RoundFacts:
     weight: float | None
     clip_norm: float | None = None
     answered: int = 0
+    refused_for: Mapping[str, int] = field(default_factory=dict)
 
 
 def owners(users_of_node: Mapping[int, NDArray[np.int64]], num_users: int) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -186,6 +191,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
     totals: Totals = {}
     tensors = phase.tensors(state)
     waited, up, down, refused = 0.0, 0, 0, {}
+    kinds: Counter[str] = Counter()
     for exchange in range(phase.exchanges):
         if exchange:
             tensors = phase.middle(state, totals, exchange - 1)
@@ -205,18 +211,23 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             if isinstance(item, float):
                 waited += item
                 continue
-            node, reply = item
+            sender, reply = item
+            if sender is None or sender not in asked:
+                kinds["unasked"] += 1
+                continue
+            most_users = asked.pop(sender)
             try:
                 upload = _upload_of(reply)
-                admit(upload, address=address, recipe=run.recipe.hash, declared=declared, most_users=asked.pop(node, 0))
+                admit(upload, address=address, recipe=run.recipe.hash, declared=declared, most_users=most_users)
             except (UploadRefused, WireError) as error:
-                refused[node] = str(error)
+                refused[sender] = str(error)
+                kinds[error.kind if isinstance(error, UploadRefused) else "form"] += 1
                 continue
             up += _bytes_of(upload)
             add(sums, upload)
         for node in asked:
-            if node not in refused:
-                refused[node] = "not reached, or no answer before the deadline"
+            refused[node] = "not reached, or no answer before the deadline"
+            kinds["missing"] += 1
         totals = totals_of(sums)
         if chosen and not totals:
             node, why = next(iter(refused.items()))
@@ -240,11 +251,12 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         weight=weight,
         clip_norm=state.clip_norm if address.phase == "training" else None,
         answered=sum(len(users) for users in chosen.values()),
+        refused_for=dict(kinds),
     )
 
 
-def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None) -> Iterator[tuple[int, Message] | float]:
-    """Each reply as it arrives, with the node that was asked; between them the seconds that were waited; ends at the deadline."""
+def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None) -> Iterator[tuple[int | None, Message] | float]:
+    """Each reply as it arrives, with the node that was asked (None: nobody was); between them the seconds that were waited; ends at the deadline."""
     names = list(grid.push_messages(messages)) if messages else []
     # A deployed Grid has no name for a message that it could not push. Who was asked, not who says that they answer, counts.
     node_of = {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
@@ -263,13 +275,15 @@ def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None
             missing = missing[REPLIES_AT_ONCE:] + missing[:REPLIES_AT_ONCE]
         for reply in replies:
             name = reply.metadata.reply_to_message_id
-            missing.remove(name)
-            yield node_of[name], reply
+            if name in missing:
+                missing.remove(name)
+            yield node_of.get(name), reply
 
 
 def _upload_of(reply: Message) -> Upload:
     if reply.has_error():
-        raise UploadRefused(f"the node failed: {reply.error.reason}")
+        # A node's own words: short, and on one line.
+        raise UploadRefused(f"the node failed: {' '.join(str(reply.error.reason).split())[:MOST_WORDS]}", "failed")
     return wire.upload_from_record_dict(reply.content)
 
 

@@ -80,6 +80,7 @@ def serve(
             "upload_bytes": facts.upload_bytes,
             "download_bytes": facts.download_bytes,
             "refused": {str(node): why for node, why in facts.refused.items()},
+            "refused_for": dict(facts.refused_for),
         }
         line |= seen if plan is None else {"epsilon": plan.epsilon(state.charged), "researcher_only": seen}
         append_line(lines, line)

@@ -127,6 +127,14 @@ LIES: dict[str, tuple[Callable[[Upload], Upload], str]] = {
     "no weight": (with_sum("weight", lambda sums: -sums), "weight"),
     "loss": (with_sum("loss", lambda sums: sums + 2**40), "loss"),
 }
+KINDS = {
+    **dict.fromkeys(("floats", "nan", "shape", "axes", "sparse"), "form"),
+    **dict.fromkeys(("round", "attempt", "exchange", "run", "phase"), "exchange"),
+    "recipe": "recipe",
+    **dict.fromkeys(("undeclared", "missing"), "names"),
+    "too long": "norm",
+    **dict.fromkeys(("huge", "least", "weight", "no weight", "loss"), "coordinates"),
+}
 CLIPPED = small_config(ONE, {"privacy": {"clip_norm": 0.2}, "system": {"users_per_chunk": 1}})
 PIECES = [np.arange(0, 8), np.arange(8, 16), np.arange(16, 24)]
 
@@ -137,6 +145,7 @@ def test_an_upload_that_lies_is_refused_named_and_the_round_goes_on_with_the_oth
     state, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=spoiled(2, spoil))
     assert facts[0].refused.keys() == {2}
     assert why in facts[0].refused[2]
+    assert facts[0].refused_for == {KINDS[lie]: 1}
     # As if the users of that node were nowhere to be found.
     nowhere = np.repeat(np.array([0, -1, 2], dtype=np.int32), 8)
     without, _ = train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)
@@ -171,6 +180,7 @@ def test_a_node_that_raises_is_counted_and_the_round_goes_on():
 
     _, facts = train(CLIPPED, small_dataset(), shards=PIECES, tamper=tamper)
     assert facts[0].refused.keys() == {3} and "MemoryError" in facts[0].refused[3]
+    assert facts[0].refused_for == {"failed": 1}
     assert facts[0].weight == 16.0
 
 
@@ -231,6 +241,7 @@ def past_the_deadline(monkeypatch: pytest.MonkeyPatch, *, late: set[int]) -> dic
 def test_the_deadline_drops_late_nodes_and_the_round_goes_on(monkeypatch: pytest.MonkeyPatch):
     state, facts = train(CLIPPED, small_dataset(), shards=PIECES, **past_the_deadline(monkeypatch, late={1}))
     assert facts[0].refused == {1: "not reached, or no answer before the deadline"}
+    assert facts[0].refused_for == {"missing": 1}
     assert facts[0].weight == 16.0
     nowhere = np.repeat(np.array([-1, 1, 2], dtype=np.int32), 8)
     assert torch.equal(state.weights_P, train(CLIPPED, small_dataset(), shards=PIECES, owner_U=nowhere)[0].weights_P)
@@ -258,6 +269,27 @@ def test_a_node_that_cannot_be_reached_is_counted():
     _, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=DeafGrid)
     assert facts[0].refused.keys() == {2}
     assert facts[0].weight == 16.0
+
+
+class EchoingGrid(InProcessGrid):
+    """Every reply comes twice, and once more in the next round."""
+
+    heard: tuple[Message, ...] = ()
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        replies = super().pull_messages(message_ids)
+        again = [*self.heard, *replies, *replies]
+        self.heard = (*self.heard, *replies)
+        return again
+
+
+def test_one_upload_of_a_node_is_added_a_round_and_none_is_played_again():
+    config = small_config({"server": {"rounds": 2, "cohort": 24}}, {"privacy": {"clip_norm": 0.2}, "system": {"users_per_chunk": 1}})
+    echoed, facts = train(config, small_dataset(), shards=PIECES, grid=EchoingGrid)
+    honest, _ = train(config, small_dataset(), shards=PIECES)
+    assert torch.equal(echoed.weights_P, honest.weights_P)
+    assert all(fact.refused == {} and fact.refused_for.keys() == {"unasked"} and fact.weight == 24.0 for fact in facts)
+    assert facts[1].refused_for["unasked"] > facts[0].refused_for["unasked"] >= 3
 
 
 class ForgingGrid(InProcessGrid):
