@@ -9,8 +9,8 @@ items are left out, never the target).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -18,12 +18,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedssl.beyond_accuracy import best_items, of_lists
 from fedssl.data.histories import Histories
 from fedssl.data.watch import unchanged
 from fedssl.errors import DataError
+from fedssl.intervals import bootstrap_interval
 
 Split = Literal["validation", "test"]
 Floats = NDArray[np.float64]
+
+SHORT_HISTORY = 10
+"""A user with fewer training events than this, and at least one, has a short history."""
 
 Scorer = Callable[[Sequence[NDArray[np.int32]], NDArray[np.int64]], Tensor | Mapping[str, Tensor]]
 """Histories (oldest event first) and numbers of n users -> scores (n, I+1), column 0 padding; or several such, by name.
@@ -80,14 +85,17 @@ def metrics(ranks_U: Floats, ks: Sequence[int]) -> dict[str, float]:
     Needs at least one user. With one relevant item the ideal DCG is 1, so this is NDCG as others define it.
     """
     assert len(ranks_U), "a mean over no users"
-    gain_U = 1.0 / np.log2(1.0 + ranks_U)
     result: dict[str, float] = {}
     for k in ks:
-        is_hit_U = ranks_U <= k
-        result[f"hr@{k}"] = float(is_hit_U.mean())
-        result[f"ndcg@{k}"] = float(np.where(is_hit_U, gain_U, 0.0).mean())
+        result[f"hr@{k}"] = float((ranks_U <= k).mean())
+        result[f"ndcg@{k}"] = float(_gains(ranks_U, k).mean())
     result["mrr"] = float((1.0 / ranks_U).mean())
     return result
+
+
+def _gains(ranks_U: Floats, k: int) -> Floats:
+    """Each user's NDCG@k."""
+    return np.where(ranks_U <= k, 1.0 / np.log2(1.0 + ranks_U), 0.0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ class Ranks:
     """The rank of every user's target, for a recommender and its parts.
 
     Shapes: ``users`` and ``targets`` are (n,), users ascending and each once; ``all`` and ``unseen`` map the name of a
-    part to its ranks (n,). The first name is the recommender itself.
+    part to its ranks (n,). The first name is the recommender itself. ``lists``: its best k items for each user, over `all` and
+    over `unseen`, (n, k) filled up with 0; empty where none were asked for.
     """
 
     users: NDArray[np.int64]
@@ -103,6 +112,8 @@ class Ranks:
     all: dict[str, Floats]
     unseen: dict[str, Floats]
     ks: tuple[int, ...]
+    split: Split
+    lists: dict[str, NDArray[np.int64]] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """As in `report.json`: {"all": metrics, "unseen": metrics}, and "parts": the same by name where there are parts."""
@@ -113,23 +124,48 @@ class Ranks:
         return result
 
     def groups(self, histories: Histories) -> dict[str, dict[str, dict[str, Any]]]:
-        """The recommender's metrics by how active a user is, and by how popular the target is in training.
+        """The recommender's metrics by how active a user is, by how popular the target is in training, and by how well a user is served.
 
         `activity`: `few`, `middle`, `many`: thirds of these users by training events; users with equally many stay
         together, so thirds may be uneven. `popularity`: `head`, `middle`, `tail`: items in order of training events, each
         third of which holds a third of all training events; equally popular items stay together, and items that nobody
-        trains on are tail. A group has `users`, `from` and `to` (training events of its users or items, both included), `all`
-        and `unseen`; empty groups are left out.
+        trains on are tail. `new`: `new item`: targets that nobody trains on; `new user`: users without a training event; `short history`: users with 1 to 9.
+        `served`: `worst tenth`: in each column the tenth of users (rounded up) whose targets rank last.
+
+        A group has `users`, `all` and `unseen`, and but for the last kind `from` and `to` (training events of its users or items, both included)
+        and `interval`: {"of": the NDCG at the last cut-off, "all": [low, high], "unseen": [low, high]}, the 95 % interval of that mean over users
+        drawn anew. Empty groups and kinds are left out.
         """
         length_n = histories.training_lengths[self.users]
         first, second = np.quantile(length_n, (1 / 3, 2 / 3), method="inverted_cdf")
         activity_n = (length_n > first).astype(int) + (length_n > second)
         events_I = training_counts(histories, num_items=max(int(self.targets.max()), int(histories.items.max(initial=0))))
         popularity_n = _third_by_popularity(events_I)[self.targets]
+        events_n = events_I[self.targets]
+        new = self._by_group(np.where(events_n == 0, 0, -1), ("new item",), events_n)
+        new |= self._by_group(np.where(length_n == 0, 0, np.where(length_n < SHORT_HISTORY, 1, -1)), ("new user", "short history"), length_n)
         return {
             "activity": self._by_group(activity_n, ("few", "middle", "many"), length_n),
-            "popularity": self._by_group(popularity_n, ("head", "middle", "tail"), events_I[self.targets]),
+            "popularity": self._by_group(popularity_n, ("head", "middle", "tail"), events_n),
+            **({"new": new} if new else {}),
+            "served": {"worst tenth": self._worst_tenth()},
         }
+
+    def beyond_accuracy(self, histories: Histories, num_items: int) -> dict[str, dict[str, Any]]:
+        """What the lists hold (`fedssl.beyond_accuracy.of_lists`): `all` and `unseen`, and `held_out`: the items that people took instead, one each."""
+        events_I = training_counts(histories, num_items)
+        own_n = np.array([events_I[read].mean() for read in self._read(histories)])
+        rows = {**self.lists, "held_out": self.targets[:, None]}
+        return {name: of_lists(lists_NK, events_I, own_n) for name, lists_NK in rows.items()}
+
+    def _read(self, histories: Histories) -> Iterator[NDArray[np.int32]]:
+        """What each user had met before the target."""
+        ends = histories.target_places(self.split)
+        return (histories.items[histories.cuts[user] : ends[user]] for user in self.users)
+
+    def _worst_tenth(self) -> dict[str, Any]:
+        part, number = next(iter(self.all)), -(-len(self.users) // 10)
+        return {"users": number, **{name: metrics(np.sort(ranks_n[part])[-number:], self.ks) for name, ranks_n in self._columns}}
 
     def _by_group(self, group_n: NDArray[Any], names: Sequence[str], size_n: NDArray[np.int64]) -> dict[str, dict[str, Any]]:
         part = next(iter(self.all))
@@ -137,8 +173,15 @@ class Ranks:
         for number, name in enumerate(names):
             chosen = np.flatnonzero(group_n == number)
             if len(chosen):
-                result[name] = {"users": len(chosen), "from": int(size_n[chosen].min()), "to": int(size_n[chosen].max()), **self._of(part, chosen)}
+                sizes = {"from": int(size_n[chosen].min()), "to": int(size_n[chosen].max())}
+                interval: dict[str, Any] = {"of": f"ndcg@{self.ks[-1]}"}
+                interval |= {column: list(bootstrap_interval(_gains(found[part][chosen], self.ks[-1]))) for column, found in self._columns}
+                result[name] = {"users": len(chosen), **sizes, **self._of(part, chosen), "interval": interval}
         return result
+
+    @property
+    def _columns(self) -> tuple[tuple[str, dict[str, Floats]], ...]:
+        return ("all", self.all), ("unseen", self.unseen)
 
     def _of(self, part: str, chosen: NDArray[np.int64] | slice) -> dict[str, Any]:
         return {"all": metrics(self.all[part][chosen], self.ks), "unseen": metrics(self.unseen[part][chosen], self.ks)}
@@ -152,6 +195,7 @@ def evaluate(
     users: NDArray[np.integer[Any]] | None = None,
     ks: Sequence[int] = (5, 10),
     block: int = 256,
+    list_length: int = 0,
 ) -> Ranks:
     """Rank the held-out item of every user (or of ``users``) against the whole catalogue, ``block`` users at a time.
 
@@ -162,7 +206,8 @@ def evaluate(
       - users of a block have histories of nearly the same length, so that a scorer pads little;
       - the block size and the order of ``users`` change nothing beyond the scorer's own rounding.
 
-    The scorer runs without gradients. Raises DataError where nobody can be tested, and where the histories' store was changed meanwhile.
+    ``list_length``: so many of the recommender's best items are kept for each user (`Ranks.lists`), 0: none. The scorer runs without
+    gradients. Raises DataError where nobody can be tested, and where the histories' store was changed meanwhile.
     """
     places = histories.target_places(split)
     tested = places >= 0
@@ -176,6 +221,7 @@ def evaluate(
     targets = histories.items[ends].astype(np.int64)
     of_all: dict[str, Floats] = {}
     of_unseen: dict[str, Floats] = {}
+    lists = {name: np.zeros((len(chosen), list_length), dtype=np.int64) for name in ("all", "unseen")} if list_length else {}
     order = np.argsort(ends - starts, kind="stable")
     with torch.no_grad(), unchanged(histories):
         for at in range(0, len(order), block):
@@ -183,10 +229,13 @@ def evaluate(
             past = [np.asarray(histories.items[starts[user] : ends[user]]) for user in here]
             seen = (np.repeat(np.arange(len(here)), ends[here] - starts[here]), np.concatenate(past))
             scored = scorer(past, chosen[here])
-            for name, scores in (scored if isinstance(scored, Mapping) else {"score": scored}).items():
+            named = scored if isinstance(scored, Mapping) else {"score": scored}
+            for name, scores in named.items():
                 for ranks_n, found in zip((of_all, of_unseen), ranks(scores, targets[here], seen), strict=True):
                     ranks_n.setdefault(name, np.empty(len(chosen)))[here] = found
-    return Ranks(chosen, targets, of_all, of_unseen, tuple(ks))
+            for kept_nk, found_nk in zip(lists.values(), best_items(next(iter(named.values())), list_length, seen) if lists else (), strict=True):
+                kept_nk[here] = found_nk
+    return Ranks(chosen, targets, of_all, of_unseen, tuple(ks), split, lists)
 
 
 def training_counts(histories: Histories, num_items: int) -> NDArray[np.int64]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles.slow_beyond_accuracy import slow_best, slow_of_lists
 from oracles.slow_ranking import slow_ndcg, slow_rank
 
-from fedssl.data.histories import Histories
+from fedssl.data.histories import HeldFrom, Histories
 from fedssl.errors import DataError
 from fedssl.evaluation import evaluate, metrics, ranks, training_counts
+from fedssl.intervals import bootstrap_interval
 
 NAN, INF = float("nan"), float("inf")
 
@@ -216,3 +218,57 @@ def test_groups_by_popularity_split_the_training_events_in_thirds():
     groups = evaluate(by_item_number, four, "test").groups(four)["popularity"]
     found = {name: (group["users"], group["from"], group["to"]) for name, group in groups.items()}
     assert found == {"head": (1, 6, 6), "middle": (1, 4, 4), "tail": (2, 0, 1)}
+
+
+def test_a_group_has_the_interval_of_its_mean_at_the_last_cut_off():
+    six = histories([1, 1, 3], [1, 1, 4], [1, 1, 1, 3], [1, 1, 1, 1, 4], [2] * 9 + [3], [2] * 9 + [5], [2])
+    few = evaluate(by_item_number, six, "test", ks=(1, 2)).groups(six)["activity"]["few"]
+    assert few["interval"]["of"] == "ndcg@2"
+    # Ranks of items 3 and 4 among five: 3 and 2, or without item 1, which both met, the same.
+    assert few["interval"]["all"] == few["interval"]["unseen"] == list(bootstrap_interval(np.array([0.0, 1 / math.log2(3)])))
+    assert few["interval"]["all"][0] <= few["all"]["ndcg@2"] <= few["interval"]["all"][1]
+
+
+def test_new_items_new_users_and_short_histories_are_groups_where_there_are_any():
+    long = [1, 2] * 6
+    by_time = histories([*long, 3], [1] * 5 + [2, 3], [1, 3], [*long, 2])
+    # The test begins at 100, validation at 50; the third user's first event is in validation, so training never met that user.
+    times = [*range(12), 100, *range(5), 60, 100, 60, 100, *range(12), 100]
+    by_time = Histories(by_time.items, by_time.cuts, np.array(times, float), by_time.names, HeldFrom(50.0, 100.0))
+    found = evaluate(by_item_number, by_time, "test").groups(by_time)["new"]
+    assert {name: (group["users"], group["from"], group["to"]) for name, group in found.items()} == {
+        "new item": (3, 0, 0),
+        "new user": (1, 0, 0),
+        "short history": (1, 5, 5),
+    }
+    old = histories([*long, 1, 1, 2], [*long, 1, 1, 2])
+    assert "new" not in evaluate(by_item_number, old, "test").groups(old)
+
+
+def test_the_worst_tenth_are_those_whose_targets_rank_last_in_each_column():
+    # Eleven users, so the worst tenth are two: targets 1 rank fifth of all, or of unseen last of as many as are left.
+    many = histories(*[[5, 4, 5]] * 9, [2, 3, 1], [2, 2, 1])
+    found = evaluate(by_item_number, many, "test").groups(many)["served"]["worst tenth"]
+    assert found["users"] == 2
+    assert found["all"]["mrr"] == pytest.approx(1 / 5)
+    assert found["unseen"]["mrr"] == pytest.approx((1 / 3 + 1 / 4) / 2)
+
+
+def test_lists_are_those_of_the_recommender_itself_and_say_what_is_in_them():
+    three = histories([1, 2, 5, 3, 5], [4, 4, 1], [3, 3, 3, 2])
+
+    def scorer(past, users):
+        up = by_item_number(past, users)
+        return {"both": up, "upside down": -up}
+
+    found = evaluate(scorer, three, "test", list_length=2, block=2)
+    score = list(range(6))
+    assert found.lists["all"].tolist() == [slow_best(score, 2)] * 3
+    assert found.lists["unseen"].tolist() == [slow_best(score, 2, met) for met in ({1, 2, 5, 3}, {4}, {3})]
+    popularity = training_counts(three, 5).tolist()
+    own = [sum(popularity[item] for item in read) / len(read) for read in ([1, 2, 5, 3], [4, 4], [3, 3, 3])]
+    beyond = found.beyond_accuracy(three, 5)
+    assert list(beyond) == ["all", "unseen", "held_out"]
+    for name, lists in (*found.lists.items(), ("held_out", found.targets[:, None])):
+        assert beyond[name] == pytest.approx(slow_of_lists(lists.tolist(), popularity, own))
+    assert evaluate(scorer, three, "test").lists == {}

@@ -87,6 +87,7 @@ def render_report(run_dirs: Sequence[Path], *, public: bool = False) -> str:
         results=_results(runs),
         curves=_curves(runs),
         groups=[(run, run.report["groups"], metric_names(_members(run.report["groups"]))) for run in runs if run.report.get("groups")],
+        beyond=[(run, run.report["beyond_accuracy"]) for run in runs if run.report.get("beyond_accuracy")],
         contrast=_side_by_side([_facts(run.report.get("contrast") or {}) for run in runs]),
         cost=_side_by_side([_cost(run) for run in runs]),
         settings=sorted(_side_by_side([_settings(run.config) for run in runs]), key=lambda row: len(set(row[1])) == 1),

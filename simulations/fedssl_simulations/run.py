@@ -55,6 +55,9 @@ from fedssl_simulations.run_folder import claim
 if TYPE_CHECKING:
     import pandas as pd
 
+LIST_LENGTH = 10
+"""How many recommendations of each user the report looks at beyond accuracy."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -245,7 +248,7 @@ def _simulate(
     if contrast is not None:
         report["contrast"] = contrast
     if plan is not None:
-        hidden = {name: report.pop(name) for name in ("test", "validation", "groups", "contrast") if name in report}
+        hidden = {name: report.pop(name) for name in ("test", "validation", "groups", "beyond_accuracy", "contrast") if name in report}
         report["researcher_only"] = hidden
     write_whole(folder / "report.json", json.dumps(report, indent=1))
     return Run(folder, config, dataset, state, recipe, report, model, True)
@@ -332,9 +335,13 @@ def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.i
 
 
 def make_report(folder: Path, config: RunConfig, dataset: Dataset, rounds: int, recipe: Recipe, model: Recommender) -> dict[str, Any]:
-    """report.json of a finished run: test and validation over all users, groups, cost."""
+    """report.json of a finished run: test and validation over all users, groups, what is recommended, cost."""
     histories = dataset.histories
-    ranks: dict[str, Ranks] = {split: evaluate(model, histories, split, ks=config.evaluation.ks) for split in ("test", "validation")}
+    ks, num_items = config.evaluation.ks, dataset.catalogue.num_items
+    ranks: dict[str, Ranks] = {
+        "test": evaluate(model, histories, "test", ks=ks, list_length=LIST_LENGTH),
+        "validation": evaluate(model, histories, "validation", ks=ks),
+    }
     lines = read_lines(folder / "metrics.jsonl")
     trained = sum(line["users"] for line in lines if line["phase"] == "training")
     seconds = sum(line["seconds"] for line in lines)
@@ -343,13 +350,14 @@ def make_report(folder: Path, config: RunConfig, dataset: Dataset, rounds: int, 
     return {
         "data": {
             "users": histories.num_users,
-            "items": dataset.catalogue.num_items,
+            "items": num_items,
             "events": histories.num_events,
             "fingerprint": histories.fingerprint,
         },
         "test": ranks["test"].summary(),
         "validation": ranks["validation"].summary(),
         "groups": ranks["test"].groups(histories),
+        "beyond_accuracy": {"list_length": LIST_LENGTH, **ranks["test"].beyond_accuracy(histories, num_items)},
         "cost": {
             "rounds": rounds,
             "users_trained": trained,

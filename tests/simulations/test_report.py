@@ -15,10 +15,16 @@ def both(value):
     return {"all": metrics, "unseen": {name: more + 0.1 for name, more in metrics.items()}}
 
 
+LISTS = {"coverage": 0.12349, "gini": 0.87654, "novelty": 9.87654, "popularity_lift": 1.2349}
+BEYOND = {"beyond_accuracy": {"list_length": 7, "all": LISTS, "unseen": {**LISTS, "popularity_lift": -0.5}, "held_out": {**LISTS, "popularity_lift": None}}}
+LISTS_IN_WORDS = ["lists of 7", "12.3 %", "0.877", "9.88", "+123 %", "-50 %", "What people took"]
 MEASURED = {
     "test": {**both(0.31), "parts": {"encoder": both(0.32), "counts": both(0.33)}},
     "validation": both(0.34),
-    "groups": {"activity": {"few": {"users": 10, "from": 1, "to": 5, **both(0.35)}}, "popularity": {"head": {"users": 7, "from": 9, "to": 9, **both(0.36)}}},
+    "groups": {
+        "activity": {"few": {"users": 10, "from": 1, "to": 5, **both(0.35), "interval": {"of": "ndcg@10", "all": [0.2987, 0.3987], "unseen": [0.4, 0.5]}}},
+        "popularity": {"head": {"users": 7, "from": 9, "to": 9, **both(0.36)}},
+    },
     "baselines": {"popularity": {"test": both(0.01), "validation": both(0.03), "seconds": 2.0}, "markov": {"test": both(0.02)}},
 }
 DATA = {"data": {"users": 1234, "items": 77, "events": 5678, "fingerprint": "f00d"}}
@@ -92,7 +98,8 @@ def test_the_page_holds_every_metric_of_the_report(tmp_path):
     found = numbers(MEASURED)
     assert len(found) == 10 * 9
     assert [value for value in found if f"{value:.4f}" not in text] == []
-    for words in ("1,234 users", "77 items", "5,678 events", "Encoder alone", "Markov chain", "Few", "1 to 5"):
+    assert [words for words in LISTS_IN_WORDS if words in text] == []
+    for words in ("1,234 users", "77 items", "5,678 events", "Encoder alone", "Markov chain", "Few", "1 to 5", "0.2987–0.3987", "0.4000–0.5000"):
         assert words in text
 
 
@@ -124,10 +131,13 @@ def test_names_and_settings_are_escaped(tmp_path):
 def test_a_public_page_leaves_out_all_that_was_kept_for_the_researcher(tmp_path):
     lines = [{"round": 1, "phase": "training", "epsilon": 0.5, "researcher_only": {"loss": 4.321, "validation": both(0.2)}}]
     run = folder(
-        tmp_path / "run", config={**CONFIG, "researcher_only": {"chosen": "by-peeking"}}, lines=lines, report={**DATA, **PLAN, "researcher_only": MEASURED}
+        tmp_path / "run",
+        config={**CONFIG, "researcher_only": {"chosen": "by-peeking"}},
+        lines=lines,
+        report={**DATA, **PLAN, "researcher_only": {**MEASURED, **BEYOND}},
     )
     private, public = page(run), page(run, public=True)
-    kept = [f"{value:.4f}" for value in numbers(MEASURED)] + ["4.321", "0.2044", "by-peeking", "Training loss", "Markov"]
+    kept = [f"{value:.4f}" for value in numbers(MEASURED)] + ["4.321", "0.2044", "by-peeking", "Training loss", "Markov", "0.2987", *LISTS_IN_WORDS]
     assert [words for words in kept if words not in private] == []
     assert [words for words in kept if words in public] == []
     assert "For the researcher only" in private
@@ -135,6 +145,12 @@ def test_a_public_page_leaves_out_all_that_was_kept_for_the_researcher(tmp_path)
     assert "Epsilon spent" in public
     assert "ε = 8" in public
     parsed(public)
+
+
+def test_what_is_in_the_lists_stands_on_the_page(tmp_path):
+    text = page(folder(tmp_path / "run", report={**DATA, **MEASURED, **BEYOND}))
+    assert [words for words in LISTS_IN_WORDS if words not in text] == []
+    parsed(text)
 
 
 def test_facts_about_the_contrast_stand_on_the_page(tmp_path):
