@@ -32,7 +32,7 @@ SAMPLED = Scenario("secret cohorts", see_training, rate=0.05, releases=32, epsil
 FALLS_BACK = Scenario("secret cohorts, a round released again", see_training, rate=0.05, releases=16, epsilon=2.0, falls_back=True)
 ADAPTIVE = Scenario("an adaptive clip", see_training, rate=1.0, releases=3, epsilon=4.0, privacy={"clip": "adaptive", "clip_rate": 1.3})
 COUNTS = Scenario("a release of counts", see_counts, rate=1.0, releases=1, epsilon=4.0)
-LOCAL = Scenario("users who add their own noise", see_users, rate=1.0, releases=2, epsilon=8.0, privacy={"mode": "local"}, share=0.02)
+LOCAL = Scenario("users who add their own noise", see_users, rate=1.0, releases=2, epsilon=8.0, privacy={"mode": "local"}, share=0.015)
 WINDOWS = Scenario("windows on a device, all read", see_windows, rate=1.0, releases=2, epsilon=4.0, privacy={"mode": "window"}, share=0.2)
 SAMPLED_WINDOWS = Scenario("windows on a device, secret coins", see_windows, rate=0.05, releases=32, epsilon=2.0, privacy={"mode": "window"}, share=0.2)
 SCENARIOS = (EVERYBODY, SAMPLED, FALLS_BACK, ADAPTIVE, COUNTS, LOCAL, WINDOWS, SAMPLED_WINDOWS)
