@@ -431,7 +431,7 @@ def test_under_a_plan_a_line_tells_nothing_that_was_not_released(private: Run):
 def test_under_a_plan_a_report_keeps_what_was_measured_for_the_researcher(private: Run):
     report = json.loads((private.folder / "report.json").read_text())
     assert public(report).keys() == {"data", "cost", "privacy", "model"}
-    assert report["researcher_only"].keys() == {"test", "validation", "groups"}
+    assert report["researcher_only"].keys() == {"test", "validation", "groups", "beyond_accuracy"}
     assert report["cost"]["users_trained"] == 3 * 12
     # The size of the model, whoever was asked and whatever their histories are.
     assert report["cost"]["upload_bytes_per_user"] == report["cost"]["download_bytes_per_user"] == 4 * private.state.weights_P.numel()
