@@ -88,7 +88,7 @@ def test_a_pair_is_one_cell_and_a_window_is_one_piece():
 
 @pytest.mark.parametrize(
     ("scenario", "canaries", "part"),
-    [(ADAPTIVE, FEW, 0.8), (COUNTS, FEW, 0.8), (LOCAL, FEW // 2, 0.5), (WINDOWS, 2 * FEW, 0.8)],
+    [(ADAPTIVE, FEW, 0.8), (COUNTS, FEW, 0.8), (LOCAL, FEW, 0.5), (WINDOWS, 2 * FEW, 0.8)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_in_every_mode_the_bound_comes_close_to_the_claim(scenario: Scenario, canaries: int, part: float, tmp_path: Path):
@@ -117,7 +117,7 @@ def test_a_planted_mistake_is_found(mistake: Mistake, tmp_path: Path):
     if mistake.scenario.see is see_windows:
         pytest.importorskip("opacus", reason="window-level privacy is an extra: pip install 'fedssl[window-dp]'")
     with planted(mistake):
-        found = audit(mistake.scenario, tmp_path / "a", canaries=FEW // 2 if mistake.scenario is LOCAL else 2 * FEW, keys=keys(7))
+        found = audit(mistake.scenario, tmp_path / "a", canaries=FEW if mistake.scenario is LOCAL else 2 * FEW, keys=keys(7))
     assert found.at_least > found.claimed
 
 
