@@ -6,6 +6,8 @@
 - synthesize: `fedssl data synthesize --users 1000000`.
 - round: rounds of 1,000 users with personal heads, from a store of 10,000 and from one of 1,000,000 users of the same world, in turn in one
   process, with the flush and journal of a checkpoint each ten rounds; medians, of seconds and of seconds of CPU (for a machine that is shared).
+  All heads have been trained before. In turn with them goes the same without heads, from the million. Then memory: rounds from the million in processes
+  of their own, with heads and without: what is resident in the end and at most.
 
     python simulations/benchmarks/scale.py --events 10000000 --events 100000000        (needs pyarrow; 100 million events take 6 GB of disk)
 """
@@ -25,6 +27,8 @@ from typing import Any
 
 import numpy as np
 import results
+
+from fedssl.heads.store import HeadStore
 
 COMMAND = [sys.executable, "-c", "from fedssl_simulations.cli import main; main()"]
 FEW, MANY, COHORT, MEAN_EVENTS = 10_000, 1_000_000, 1000, 20
@@ -95,8 +99,8 @@ def convert_lines(path: Path, store: Path, say: Callable[[str, dict[str, Any]], 
     say(f"open it: {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
 
 
-def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
-    """Whole rounds of 1,000 users with heads from a store, one a call."""
+def rounds_of(store: Path, folder: Path, head: str = "user-vector") -> Callable[[], None]:
+    """Whole rounds of 1,000 users with heads (all trained before) or without from a store, one a call."""
     from fedssl_server.rounds import Run, owners, run_rounds
     from fedssl_simulations.grids import InProcessGrid, handler_of
     from fedssl_simulations.run import make_shards
@@ -110,7 +114,7 @@ def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
         "data": {"path": str(store)},
         "encoder": {"width": 32, "window": 50},
         "task": [{"name": "next-item", "negatives": 128}],
-        "head": {"name": "user-vector"},
+        "head": {"name": head},
         "server": {"rounds": 10_000, "cohort": COHORT},
         "privacy": {"clip_norm": 1.0},
         "system": {"workers": 1},
@@ -125,6 +129,9 @@ def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
     grid = InProcessGrid(handler_of(shards), nodes)
     state = first_state(recipe)
 
+    for shard in shards.values():
+        fill_heads(shard.heads(recipe))
+
     def one() -> None:
         nonlocal state
         target = state.round + 1
@@ -137,10 +144,36 @@ def rounds_of(store: Path, folder: Path) -> Callable[[], None]:
         if target % 10 == 0:
             for shard in shards.values():
                 heads = shard.heads(recipe)
-                assert heads is not None
-                heads.flush()
+                if heads is not None:
+                    heads.flush()
 
     return one
+
+
+def fill_heads(heads: HeadStore | None) -> None:
+    """Give every user a head that is not zero, as if all had been trained; nothing is left in the journal."""
+    if heads is None:
+        return
+    rng = np.random.default_rng(0)
+    for users in np.array_split(heads.users, max(len(heads.users) // 20_000, 1)):
+        heads.write(users, rng.standard_normal((len(users), heads.width), dtype=np.float32), round=0)
+        heads.begin(1, settled=0)
+    heads.flush()
+
+
+def memory_of(store: Path, folder: Path, rounds: int, head: str) -> dict[str, Any]:
+    """Resident bytes of a process of its own that ran rounds from a store: in the end, and at most."""
+    program = f"""
+import json, resource, sys, psutil
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import pathlib, scale
+one = scale.rounds_of(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]), {head!r})
+for _ in range({rounds}):
+    one()
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({{"rss_bytes": psutil.Process().memory_info().rss, "peak_rss_bytes": peak}}))
+"""
+    return in_process(program, store, folder)
 
 
 def main() -> None:
@@ -185,22 +218,30 @@ def main() -> None:
                 opened = in_process(OPEN, folder / f"store-{users}")
                 said = f"store of {users:,} users, {made['kept']:,} events: made in {made['seconds']} s with {made['peak_rss_bytes'] / 1e6:.0f} MB"
                 say(f"{said}, opened in {opened['seconds']} s, adds {opened['added_bytes'] / 1e6:.0f} MB", {"what": "open", **opened})
-            tried = {users: rounds_of(folder / f"store-{users}", folder / f"heads-{users}") for users in (FEW, MANY)}
-            seconds_of: dict[int, list[float]] = {users: [] for users in tried}
-            cpu_of: dict[int, list[float]] = {users: [] for users in tried}
+            cases = {"few": (FEW, "user-vector"), "many": (MANY, "user-vector"), "none": (MANY, "none")}
+            tried = {name: rounds_of(folder / f"store-{users}", folder / f"heads-{name}", head) for name, (users, head) in cases.items()}
+            seconds_of: dict[str, list[float]] = {name: [] for name in tried}
+            cpu_of: dict[str, list[float]] = {name: [] for name in tried}
             for number in range(arguments.rounds + 1):
-                for users, one in tried.items():
+                for name, one in tried.items():
                     began, cpu_began = time.perf_counter(), time.process_time()
                     one()
                     if number:  # the first makes the parts, and the order of the pass
-                        seconds_of[users].append(time.perf_counter() - began)
-                        cpu_of[users].append(time.process_time() - cpu_began)
+                        seconds_of[name].append(time.perf_counter() - began)
+                        cpu_of[name].append(time.process_time() - cpu_began)
             row = {"what": "round", "users": [FEW, MANY]}
             for what, found in (("seconds", seconds_of), ("cpu_seconds", cpu_of)):
-                few, many = (statistics.median(found[users]) for users in (FEW, MANY))
+                few, many, none = (statistics.median(found[name]) for name in ("few", "many", "none"))
                 row |= {what: [round(few, 4), round(many, 4)], f"{what}_ratio": round(many / few, 4)}
+                row |= {f"{what}_without_heads": round(none, 4), f"{what}_ratio_of_heads": round(many / none, 4)}
             wanted = f"ratio {row['seconds_ratio']:.3f} (wanted under 1.1), of CPU {row['cpu_seconds_ratio']:.3f}"
-            say(f"round of {COHORT:,}: {row['seconds'][0]:.3f} s from {FEW:,}, {row['seconds'][1]:.3f} s from {MANY:,}; {wanted}", row)
+            said = f"round of {COHORT:,} with heads: {row['seconds'][0]:.3f} s from {FEW:,}, {row['seconds'][1]:.3f} s from {MANY:,}; {wanted}"
+            without_them = f"without heads {row['seconds_without_heads']:.3f} s; heads cost x{row['seconds_ratio_of_heads']:.3f}"
+            say(f"{said}; {without_them} (wanted under 1.1), of CPU x{row['cpu_seconds_ratio_of_heads']:.3f}", row)
+            with_heads, without = (memory_of(folder / f"store-{MANY}", folder / f"heads-memory-{head}", 12, head) for head in ("user-vector", "none"))
+            row = {"what": "heads", "users": MANY, **with_heads, "without": without, "added_bytes": with_heads["rss_bytes"] - without["rss_bytes"]}
+            end, base, added = (number / 1e6 for number in (with_heads["rss_bytes"], without["rss_bytes"], row["added_bytes"]))
+            say(f"resident after rounds with {MANY:,} heads: {end:.0f} MB, without heads {base:.0f} MB: heads add {added:.1f} MB (wanted under 300)", row)
 
 
 if __name__ == "__main__":

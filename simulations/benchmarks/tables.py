@@ -304,7 +304,14 @@ def scale() -> str:
         found.append(f"a million users synthesized in {made['seconds']:.0f} s")
     row = results.newest("scale", what="round")
     if row:
-        found.append(f"a round of 1,000 with heads {row['seconds'][0]:.2f} s from 10,000 users and {row['seconds'][1]:.2f} s from 1,000,000")
+        cpu = row["cpu_seconds"]
+        found.append(f"a round of 1,000 with heads {cpu[0]:.2f} s of CPU from 10,000 users, {cpu[1]:.2f} s from 1,000,000")
+        if "cpu_seconds_without_heads" in row:
+            found[-1] += f", and there {row['cpu_seconds_without_heads']:.2f} s without heads"
+    heads = results.newest("scale", what="heads")
+    if heads:
+        with_heads, without = heads["rss_bytes"] / 1e6, heads["without"]["rss_bytes"] / 1e6
+        found.append(f"resident after rounds {with_heads:.0f} MB with a million heads, all trained before, and {without:.0f} MB without any")
     return f"**A million users** (`python simulations/benchmarks/scale.py`): {'; '.join(found)}.\n" if found else ""
 
 
