@@ -20,6 +20,7 @@ from fedssl import wire
 from fedssl.errors import ConfigError, FedSSLError, RunFolderError, WireError
 from fedssl.recipe import RECIPE_FORMAT
 from fedssl.run_lock import held
+from fedssl_server.run_settings import HALT
 
 app = ServerApp()
 
@@ -38,7 +39,8 @@ def main(grid: Grid, context: Context) -> None:
         from fedssl_server.serve import serve
 
         with held(folder):
-            serve(grid, {node: hello.users for node, hello in nodes.items()}, folder, deadline_seconds=deadline)
+            users = {node: hello.users for node, hello in nodes.items()}
+            serve(grid, users, folder, deadline_seconds=deadline, should_stop=(folder / HALT).exists)
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise

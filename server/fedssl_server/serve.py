@@ -7,7 +7,6 @@ under a privacy plan, ``secrets/`` and ``ledger.jsonl``. Called again, it goes o
 from __future__ import annotations
 
 import secrets
-import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 
 from fedssl.catalogue import read_catalogue
 from fedssl.checkpoints import Checkpoint, newest_checkpoint
-from fedssl.config import RunConfig, check
-from fedssl.errors import CheckpointError, ConfigError, RunFolderError
+from fedssl.errors import CheckpointError
 from fedssl.keeper import Keeper
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
@@ -27,6 +25,7 @@ from fedssl.recipe import make_recipe
 from fedssl.round_lines import append_line, cut_back
 from fedssl.server_round import State, first_state, phases_of
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
+from fedssl_server.run_settings import read_settings
 
 
 def serve(
@@ -49,11 +48,7 @@ def serve(
 
     Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings.
     """
-    config, catalogue = _read_settings(folder), read_catalogue(folder / "catalogue.jsonl")
-    if config.evaluation.patience:
-        raise ConfigError(f"{folder / 'run.toml'}: [evaluation] patience needs validations, which only a simulation makes yet; set patience = 0")
-    if config.privacy.fleet_users:
-        raise ConfigError(f"{folder / 'run.toml'}: [privacy] fleet_users is a question for a simulation; these users would get too little noise. Set it to 0")
+    config, catalogue = read_settings(folder / "run.toml"), read_catalogue(folder / "catalogue.jsonl")
     num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
     node_ids, owner_U = owners(users_of_node, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users, local=config.local)
@@ -93,17 +88,6 @@ def serve(
     state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled, phases=phases)
     keeper.keep(state)
     return state
-
-
-def _read_settings(folder: Path) -> RunConfig:
-    path = folder / "run.toml"
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error}); a run folder begins with run.toml and catalogue.jsonl") from None
-    # What a simulation writes about itself: versions, fingerprint.
-    values.pop("about", None)
-    return check(RunConfig, values, where=str(path))
 
 
 def _open_secrets(folder: Path, plan: Plan | None, state: State) -> tuple[Keys | None, Ledger | None]:

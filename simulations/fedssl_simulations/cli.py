@@ -11,6 +11,7 @@ import sys
 
 import typer
 from fedssl_client.cli import device
+from fedssl_server.cli import server
 
 from fedssl.errors import FedSSLError
 from fedssl_simulations.bus_error import say_bus_errors
@@ -22,7 +23,7 @@ from fedssl_simulations.commands.terminal import fail
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 for command in (runs.simulate, runs.study, runs.baselines, models.evaluate, models.recommend, models.export, models.report, models.presets):
     cli.command()(command)
-for name, group in (("data", data), ("attack", attack), ("device", device)):
+for name, group in (("data", data), ("attack", attack), ("device", device), ("server", server)):
     cli.add_typer(group, name=name)
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)

@@ -1,4 +1,4 @@
-"""Simulation and deployment reach the same checkpoint: one run in this process, and over a real SuperLink with two SuperNodes."""
+"""Simulation and deployment reach the same checkpoint: one run in this process, and over a real SuperLink with two SuperNodes, TLS and node authentication."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_simulation_and_deployment_reach_the_same_bytes_with_everything_on(tmp_p
         up = time.monotonic() - start
         outcome = deployed.run(seconds=380)
         assert outcome.is_completed, f"{outcome.status}\n{outcome.log}\n{deployed.logs(lines=30)}"
-        processes = [process.pid for process in deployed.processes.values()]
+        processes = [process.pid for process in deployed.processes.running.values()]
     with capsys.disabled():
         print(f" federation: up in {up:.1f} s, hello, counts and 5 rounds in {outcome.seconds:.1f} s ", end="")
     assert learned(run, [store / "heads" for store in stores]) == simulated
@@ -34,5 +34,5 @@ def test_simulation_and_deployment_reach_the_same_bytes_with_everything_on(tmp_p
 
 
 def test_a_deployment_that_cannot_start_says_why_and_leaves_nothing_behind(tmp_path: Path):
-    with pytest.raises(FedSSLError, match=r"supernode-0 ended with|nothing listens"), federation([tmp_path / 'a " b'], tmp_path) as deployed:
+    with pytest.raises(FedSSLError, match=r"node-0 ended with|nothing listens"), federation([tmp_path / 'a " b'], tmp_path) as deployed:
         deployed.run(seconds=20)

@@ -1,0 +1,170 @@
+"""Flower's SuperLink as a server's folder says: its command, what is asked of it, and who may join.
+
+TLS and node authentication are always on. Isolation is by process: a task goes only to who holds the secret of the SuperExecs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedssl.disk import write_whole
+from fedssl.errors import FedSSLError
+from fedssl_server.processes import Processes, flower_environment, listens, program
+from fedssl_server.server_folder import DATABASE, LOGS, SECRET, ServerSettings, node_keys, read_server
+
+FLOWER_APP = Path(__file__).parent / "flower_app"
+"""All that `flwr run` packs and sends; it ships inside the package."""
+REGISTERED = "registered.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: Flower's status (``finished:completed``, ``finished:failed``, ...), the seconds it took, the ServerApp's log."""
+
+    status: str
+    seconds: float
+    log: str
+
+    @property
+    def is_completed(self) -> bool:
+        """Whether the ServerApp came to its end without an error."""
+        return self.status == "finished:completed"
+
+
+class Link:
+    """The SuperLink of a server's folder, whether it runs or not.
+
+    ``environment``: added to that of what is started. Raises ConfigError where the folder is not a server's.
+    """
+
+    def __init__(self, folder: Path, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder.resolve()
+        self.settings: ServerSettings = read_server(self.folder)
+        home = self.folder / "flwr"
+        home.mkdir(mode=0o700, exist_ok=True)
+        address = f"{self.settings.listen.name}:{self.settings.listen.port}"
+        # JSON's strings are TOML's.
+        connection = f"address = {json.dumps(address)}\nroot-certificates = {json.dumps(str(self.ca))}\n"
+        write_whole(home / "config.toml", f'[superlink]\ndefault = "server"\n\n[superlink.server]\n{connection}')
+        self.address = address
+        self.environment = flower_environment(home, environment)
+
+    @property
+    def ca(self) -> Path:
+        """The certificate of who signed the server's."""
+        return self.folder / self.settings.tls.ca
+
+    def processes(self) -> Processes:
+        """Nothing yet, with logs in this folder."""
+        return Processes(self.folder / LOGS, self.environment)
+
+    def start(self, processes: Processes, seconds: float = 60.0) -> None:
+        """Start the SuperLink, wait until it listens, and let the nodes join. Raises FedSSLError where it does not come up."""
+        tls, listen = self.settings.tls, self.settings.listen
+        if listens(listen.name, listen.port):
+            raise FedSSLError(f"{self.address}: something listens there already; end it, or change [listen] port in server.toml")
+        certificates = ["--ssl-ca-certfile", str(self.ca), "--ssl-certfile", str(self.folder / tls.certificate), "--ssl-keyfile", str(self.folder / tls.key)]
+        guards = ["--enable-supernode-auth", "--isolation", "process", "--superexec-auth-secret-file", str(self.folder / SECRET)]
+        where = ["--host", listen.host, "--port", str(listen.port), "--database", str(self.folder / DATABASE)]
+        processes.start("superlink", [program("flower-superlink"), *where, *certificates, *guards])
+        processes.wait_for_port(listen.port, seconds, host=listen.name)
+
+    def start_superexec(self, processes: Processes, run: Path) -> None:
+        """Start what runs the ServerApp. The run folder reaches it through its process alone: a run config would go to every node."""
+        rounds = self.settings.rounds
+        extra = {
+            "FEDSSL_RUN_DIR": str(run.resolve()),
+            "FEDSSL_NODES": str(rounds.nodes),
+            "FEDSSL_NODES_SECONDS": str(rounds.nodes_seconds),
+            "FEDSSL_ROUND_SECONDS": str(rounds.round_seconds),
+        }
+        guards = ["--root-certificates", str(self.ca), "--superexec-auth-secret-file", str(self.folder / SECRET)]
+        command = [program("flower-superexec"), *guards, "--parent-pid", str(os.getpid()), "--runtime-api-address", self.address]
+        processes.start("superexec", command, extra)
+
+    def let_join(self) -> list[str]:
+        """Register the nodes whose keys are in the folder and unregister those whose keys are gone; what changed, in words.
+
+        Raises FedSSLError where the SuperLink does not take a key.
+        """
+        path, keys = self.folder / REGISTERED, node_keys(self.folder, self.settings)
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        said = []
+        for name in sorted(keys.keys() - known.keys()):
+            known[name] = str(self.ask("supernode", "register", str(keys[name]), "--name", name)["node-id"])
+            said.append(f"node {name} may join")
+            write_whole(path, json.dumps(known))
+        for name in sorted(known.keys() - keys.keys()):
+            self.ask("supernode", "unregister", known.pop(name))
+            said.append(f"node {name} may join no longer")
+            write_whole(path, json.dumps(known))
+        return said
+
+    def submit(self, app: Path = FLOWER_APP) -> str:
+        """Submit the app; Flower's number of the run. Raises FedSSLError where it is refused."""
+        if not (app / "pyproject.toml").exists():
+            raise FedSSLError(f"{app}: no Flower app there; it ships inside the package fedssl_server, so install fedssl again")
+        return str(self.ask("run", str(app))["run-id"])
+
+    def follow(self, number: str, processes: Processes, *, seconds: float | None = None, log_name: str = "serverapp") -> Outcome:
+        """Wait for the end of a run. Raises FedSSLError when a process dies, or time is up."""
+        start = time.monotonic()
+        # One process follows the run's log to its end, instead of asking again and again: each `flwr` costs a second of a core.
+        path = processes.logs / f"{log_name}.log"
+        with path.open("ab") as log:
+            begin = log.tell()
+            follower = subprocess.Popen(
+                [program("flwr"), "log", number, "--stream"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder, env=self.environment
+            )
+
+        def said() -> str:
+            with path.open("rb") as file:
+                file.seek(begin)
+                return file.read().decode(errors="replace")
+
+        try:
+            while follower.poll() is None:
+                processes.check()
+                if seconds is not None and time.monotonic() - start > seconds:
+                    end = "\n".join(said().splitlines()[-20:])
+                    raise FedSSLError(f"run {number} has not ended after {seconds:.0f} s\n{end}")
+                time.sleep(0.1)
+        finally:
+            follower.kill()
+            follower.wait()
+        return Outcome(self.status(number), time.monotonic() - start, said())
+
+    def status(self, number: str) -> str:
+        """Flower's status of a run. Raises FedSSLError where the SuperLink cannot be asked."""
+        runs = self.ask("ls", "--run-id", number).get("runs")
+        return str(runs[0].get("status", "")) if isinstance(runs, list) and runs else "unknown"
+
+    def nodes(self) -> dict[str, str]:
+        """Flower's status of each node that may join, by name. Raises FedSSLError where the SuperLink cannot be asked."""
+        path = self.folder / REGISTERED
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        listed = self.ask("supernode", "list").get("nodes")
+        status = {str(node["node-id"]): str(node["status"]) for node in listed} if isinstance(listed, list) else {}
+        return {name: status.get(number, "unknown") for name, number in known.items()}
+
+    def stop(self, number: str) -> None:
+        """End a run at once. Raises FedSSLError where it is over already."""
+        self.ask("stop", number)
+
+    def ask(self, *words: str) -> dict[str, object]:
+        """What Flower's own command answers. Raises FedSSLError where it fails."""
+        command = [program("flwr"), *words, "--format", "json"]
+        done = subprocess.run(command, capture_output=True, cwd=self.folder, env=self.environment, timeout=120, check=False)
+        said = (done.stderr or done.stdout).decode(errors="replace").strip()[-2000:]
+        try:
+            answer = json.loads(done.stdout)
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict) or answer.get("success") is False:
+            raise FedSSLError(f"`flwr {' '.join(words)}` ended with {done.returncode}: {answer or said}; logs are in {self.folder / LOGS}")
+        return answer

@@ -1,0 +1,28 @@
+"""The settings of a run on a server: read from run.toml, and refused where only a simulation could follow them."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from fedssl.config import RunConfig, check
+from fedssl.errors import ConfigError, RunFolderError
+
+HALT = "halt"
+"""A file of this name in a run's folder asks the run to stop after the round at hand."""
+
+
+def read_settings(path: Path) -> RunConfig:
+    """A whole run.toml. Raises RunFolderError where it cannot be read; ConfigError for settings that a server cannot follow."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); a run folder begins with run.toml and catalogue.jsonl") from None
+    # What a simulation writes about itself: versions, fingerprint.
+    values.pop("about", None)
+    config = check(RunConfig, values, where=str(path))
+    if config.evaluation.patience:
+        raise ConfigError(f"{path}: [evaluation] patience needs validations, which only a simulation makes yet; set patience = 0")
+    if config.privacy.fleet_users:
+        raise ConfigError(f"{path}: [privacy] fleet_users is a question for a simulation; these users would get too little noise. Set it to 0")
+    return config

@@ -1,0 +1,134 @@
+"""A server's folder: what lies where in it, what server.toml says, and how one is made. All of it is its operator's alone (0700).
+
+A run's folder is another one: this one holds what outlives a run (keys, who may join, Flower's database).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedssl.config import check
+from fedssl.disk import write_whole, writing
+from fedssl.errors import ConfigError
+
+FILE, DATABASE, SECRET, LOGS, CURRENT = "server.toml", "superlink.db", "superexec.secret", "logs", "current.json"
+HERE = ("localhost", "127.0.0.1")
+_FIRST = """\
+# The server: where it listens, with which keys, for whom. Paths are relative to this file. All settings: server/README.md
+[listen]
+host = "{host}"    # who reaches this port reaches Flower's Control API too: before anybody else may, put a proxy in front
+port = {port}
+
+[tls]                   # bring your own: name its files here
+ca = "ca.crt"
+certificate = "server.crt"
+key = "server.key"
+
+[nodes]
+keys = "nodes"          # every NAME.pub in this folder may join
+
+[rounds]
+nodes = {nodes}               # a run begins when so many are there
+"""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Listen(_Section):
+    """Where the SuperLink listens. ``name``: how this machine's own commands call it, which must be a name in its certificate."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=1, le=65535)
+    name: str = "127.0.0.1"
+
+
+class Tls(_Section):
+    """The certificate of the server, its key, and that of who signed it."""
+
+    ca: str = "ca.crt"
+    certificate: str = "server.crt"
+    key: str = "server.key"
+
+
+class Nodes(_Section):
+    """The folder with the public keys of the nodes that may join."""
+
+    keys: str = "nodes"
+
+
+class Rounds(_Section):
+    """How a run waits: for ``nodes`` up to ``nodes_seconds``, for the uploads of a round ``round_seconds``; ``tries``: in a row without a new checkpoint."""
+
+    nodes: int = Field(default=1, ge=1)
+    nodes_seconds: float = Field(default=300.0, gt=0)
+    round_seconds: float = Field(default=3600.0, gt=0)
+    tries: int = Field(default=3, ge=1)
+
+
+class ServerSettings(_Section):
+    """server.toml."""
+
+    listen: Listen = Listen()
+    tls: Tls = Tls()
+    nodes: Nodes = Nodes()
+    rounds: Rounds = Rounds()
+
+
+def make_server_folder(folder: Path, *, names: Sequence[str] = (), nodes: Sequence[str] = (), host: str = "127.0.0.1", port: int = 8000) -> None:
+    """A new server's folder, with keys for a trial: of an authority, of the server for ``names`` and this machine's own, of ``nodes``.
+
+    Raises ConfigError where there is a server already; DiskError where it cannot be written.
+    """
+    from fedssl_server.trial_keys import make_certificates, make_node_key
+
+    if (folder / FILE).exists():
+        raise ConfigError(f"{folder / FILE} is there already; its keys are in use. Begin another folder, or edit it")
+    for name in nodes:
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ConfigError(f"node {name!r}: wanted letters, digits, - and _, because files are named so")
+    with writing(folder):
+        for one in (folder, folder / "nodes", folder / LOGS):
+            one.mkdir(mode=0o700, parents=True, exist_ok=True)
+            os.chmod(one, 0o700)
+        descriptor = os.open(folder / SECRET, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+    make_certificates(folder, list(dict.fromkeys([*HERE, *names])))
+    for name in nodes:
+        make_node_key(folder / "nodes", name)
+    # Who finds half a folder here finds no settings in it.
+    write_whole(folder / FILE, _FIRST.format(host=host, port=port, nodes=max(len(nodes), 1)))
+
+
+def read_server(folder: Path) -> ServerSettings:
+    """server.toml. Raises ConfigError where it cannot be read, is not right, a file it names is missing, or a key is open to others."""
+    path = folder / FILE
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; make a server with `fedssl server init {folder}`") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    settings = check(ServerSettings, values, where=str(path))
+    for name in (settings.tls.ca, settings.tls.certificate, settings.tls.key, SECRET):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder / name}: no such file, and {path} needs it")
+    for name in (settings.tls.key, SECRET):
+        mode = stat.S_IMODE((folder / name).stat().st_mode)
+        if mode & 0o077:
+            raise ConfigError(f"{folder / name}: mode {mode:04o} lets others read it; chmod 0600 {folder / name}")
+    return settings
+
+
+def node_keys(folder: Path, settings: ServerSettings) -> dict[str, Path]:
+    """The public keys of the nodes that may join, by name."""
+    return {path.stem: path for path in sorted((folder / settings.nodes.keys).glob("*.pub"))}
