@@ -23,6 +23,7 @@ from fedssl_simulations.run_files import read_run
 
 from fedssl.config import HeadConfig, RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.round_lines import read_lines
 
 BASELINES = ("popularity", "markov", "log-lift counts", "each alone", "central")
 FEDERATED = "federated, weights by positions"
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, nargs="+", default=[1])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--only", action="append", default=[], help="this row alone; may be repeated")
+    parser.add_argument("--runs", type=Path, help="folder in which federated runs are kept, and where one that was stopped goes on")
     parser.add_argument("--again", action="store_true", help="run rows that are there already")
     arguments = parser.parse_args()
     dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
@@ -53,7 +55,7 @@ def main() -> None:
             f"settings {settings}, seed {seed}"
         )
         print(f"{'NDCG@10, all / unseen':44s} {'validation':>17s} {'test':>17s} {'seconds':>8s}")
-        for name, job in jobs(config, dataset).items():
+        for name, job in jobs(config, dataset, None if arguments.runs is None else arguments.runs / f"{settings}-{seed}").items():
             if arguments.only and name not in arguments.only:
                 continue
             row = None if arguments.again else results.newest("quality", name=name, settings=settings, seed=seed)
@@ -65,7 +67,7 @@ def main() -> None:
             show(name, row)
 
 
-def jobs(config: RunConfig, dataset: Dataset) -> dict[str, Callable[[], dict[str, Any]]]:
+def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Callable[[], dict[str, Any]]]:
     """How to get each row, by name. What the preset says stands, but for what the name says."""
     server, tasks = config.server, config.task
     equal = {"server": server.model_copy(update={"weighting": "equal"})}
@@ -77,29 +79,37 @@ def jobs(config: RunConfig, dataset: Dataset) -> dict[str, Callable[[], dict[str
         HEAD: {"head": HeadConfig(name="user-vector")},
     }
     baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
-    return {**baselines, **{name: lambda update=update: federated(config.model_copy(update=update), dataset) for name, update in variants.items()}}  # type: ignore[misc]
+    made = {
+        name: lambda name=name, update=update: federated(config.model_copy(update=update), dataset, runs and runs / name.replace(", ", "-").replace(" ", "-"))
+        for name, update in variants.items()
+    }
+    return {**baselines, **made}
 
 
-def federated(config: RunConfig, dataset: Dataset) -> dict[str, Any]:
-    """One run: its validation and test, what it cost, and its curve."""
-    curve: list[dict[str, Any]] = []
-    seconds = 0.0
+def federated(config: RunConfig, dataset: Dataset, kept: Path | None) -> dict[str, Any]:
+    """One run: its validation and test, what it cost, and its curve. ``kept``: its folder; None: it leaves nothing."""
     every = max(config.server.rounds // CURVE, 1)
     config = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"every": every})})
 
     def said(progress: Progress) -> None:
-        nonlocal seconds
-        seconds += progress.facts.seconds
         if progress.validation is not None:
-            found = progress.validation
-            curve.append({"round": progress.facts.round, "seconds": round(seconds, 3), **{which: found[which]["ndcg@10"] for which in ("all", "unseen")}})
-            print(f"    round {progress.facts.round}: validation {pair(found)} loss {progress.facts.loss:.3f}", flush=True)
+            print(f"    round {progress.facts.round}: validation {pair(progress.validation)} loss {progress.facts.loss:.3f}", flush=True)
 
     with TemporaryDirectory() as folder:
-        run = simulate(config, out=Path(folder) / "run", dataset=dataset, on_progress=said)
+        out = Path(folder) / "run" if kept is None else kept
+        if out.exists():
+            run = simulate(resume=out, dataset=dataset, on_progress=said)
+        else:
+            run = simulate(config, out=out, dataset=dataset, on_progress=said)
+        lines = read_lines(out / "metrics.jsonl")
     cost = run.report["cost"]
-    for point in curve:
-        point["upload_bytes_a_user"] = round(cost["upload_bytes_per_user"] * config.server.cohort * point["round"] / dataset.histories.num_users)
+    sent_a_round = cost["upload_bytes_per_user"] * config.server.cohort / dataset.histories.num_users
+    curve, seconds = [], 0.0
+    for line in lines:
+        seconds += line["seconds"]
+        if "validation" in line:
+            found = {which: line["validation"][which]["ndcg@10"] for which in ("all", "unseen")}
+            curve.append({"round": line["round"], "seconds": round(seconds, 3), "upload_bytes_a_user": round(sent_a_round * line["round"]), **found})
     return {"validation": run.report["validation"], "test": run.report["test"], "seconds": cost["seconds"], "about": cost, "curve": curve}
 
 

@@ -219,7 +219,10 @@ def share(rows: Mapping[int, Mapping[str, Any]], of: Mapping[int, Mapping[str, A
 
 def line(label: str, found: list[Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
     """A row of a table of quality. ``rows``: for the seeds and the seconds; none: both are left empty."""
-    cells = [f"{found[0][which]['ndcg@10']:.4f}" if len(found) == 1 else _spread([one[which] for one in found]) for which in ("all", "unseen")]
+    cells = [
+        f"{found[0][which]['ndcg@10']:.4f}" if len({one[which]["ndcg@10"] for one in found}) == 1 else _spread([one[which] for one in found])
+        for which in ("all", "unseen")
+    ]
     seeds = ", ".join(str(row["seed"]) for row in rows)
     seconds = f"{sum(row['seconds'] for row in rows) / len(rows):.0f}" if rows else ""
     return f"| {label} | {' | '.join(cells)} | {seeds} | {seconds} |"
