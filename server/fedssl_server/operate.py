@@ -51,8 +51,11 @@ def keep_up(link: Link, say: Callable[[str], None]) -> None:
                         continue
                     say("the SuperLink is up again")
                 if time.monotonic() - keys > KEYS_SECONDS:
-                    for line in link.let_join():
-                        say(line)
+                    try:
+                        for line in link.let_join():
+                            say(line)
+                    except FedSSLError as error:  # A file that is no key, or the SuperLink has just ended: nobody else waits for that.
+                        say(f"error: {error}")
                     keys = time.monotonic()
                 time.sleep(0.5)
         finally:
