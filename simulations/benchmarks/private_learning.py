@@ -1,4 +1,4 @@
-"""Ways of learning under user-level privacy, side by side: the same people, the same promise, step sizes chosen on validation.
+"""Ways of learning under user-level privacy, side by side: the same people, the same promise, step sizes of the few tried that validated best.
 
 Rounds from nothing are `simulate` runs with fresh keys, and so are the counts and the encoder distilled from them (those alone: private_counts.py).
 A table of items made of other parameters (of features, of two factors), a start from given vectors and a table that is frozen are not in the

@@ -27,6 +27,12 @@ QUALITY = (
 )
 
 
+CURVES = """![NDCG@10 `unseen` on the validation event against rounds, seconds of training and bytes that a user has sent](docs/quality.svg)
+
+*The whole recommender's NDCG@10 `unseen` on the validation event (`python simulations/benchmarks/curves.py` draws what `quality.py` recorded).*
+"""
+
+
 def main() -> None:
     text = README.read_text()
     before, rest = text.split(BEGIN)
@@ -35,6 +41,7 @@ def main() -> None:
         quality("ml-1m"),
         quality("beauty"),
         quality("ml-100k"),
+        CURVES,
         clipping(),
         private(),
         learning(),
@@ -44,6 +51,7 @@ def main() -> None:
         workers(),
         memory(),
         scale(),
+        device(),
         kills(),
     ]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
@@ -127,7 +135,7 @@ def learning() -> str:
         return ""
     lines = [
         "**Ways of learning under user-level privacy**, the same people and promise (user, central, delta 1e-05): NDCG@10 on the test event of what would be "
-        "recommended, `all` / `unseen` (`python simulations/benchmarks/private_learning.py`, step sizes chosen on validation events; one pair of keys, where "
+        "recommended, `all` / `unseen` (`python simulations/benchmarks/private_learning.py`, of the few step sizes tried, those that validated best; one pair of keys, where "
         f"more were drawn their mean). Popularity without privacy: {_mean_pair([popularity['test']])}.",
         "",
         "| way | epsilon 8 | epsilon 2 |",
