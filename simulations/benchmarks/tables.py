@@ -135,7 +135,8 @@ def learning() -> str:
         return ""
     lines = [
         "**Ways of learning under user-level privacy**, the same people and promise (user, central, delta 1e-05): NDCG@10 on the test event of what would be "
-        "recommended, `all` / `unseen` (`python simulations/benchmarks/private_learning.py`, of the few step sizes tried, those that validated best; one pair of keys, where "
+        "recommended, `all` / `unseen` (`python simulations/benchmarks/private_learning.py`, of the few step sizes tried, those that validated best; "
+        "one pair of keys, where "
         f"more were drawn their mean). Popularity without privacy: {_mean_pair([popularity['test']])}.",
         "",
         "| way | epsilon 8 | epsilon 2 |",
