@@ -7,7 +7,9 @@ random states are arguments. `docs/settings.md` is generated from these classes.
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -376,6 +378,17 @@ def check(kind: type[Checked], values: Mapping[str, Any], *, where: str) -> Chec
             got = first["input"] if not isinstance(first["input"], Mapping) else "a table"
             message = f"{_section(path[:-1])}{path[-1]} = {got!r}: {first['msg'][:1].lower()}{first['msg'][1:]}"
         raise ConfigError(f"{where}: {message}{more}") from None
+
+
+def check_file(kind: type[Checked], path: Path, *, missing: str) -> Checked:
+    """`check` of a TOML file. Raises ConfigError: ``missing`` where there is no file, else where and why it cannot be read or is not right."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(missing) from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from None
+    return check(kind, values, where=str(path))
 
 
 def _section(path: list[str]) -> str:

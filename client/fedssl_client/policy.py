@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from pathlib import Path
 
 from pydantic import Field
 
-from fedssl.config import Settings, check
-from fedssl.errors import ConfigError, FedSSLError
+from fedssl.config import Settings, check_file
+from fedssl.errors import FedSSLError
 from fedssl.privacy import accounting
 from fedssl.recipe import Recipe
 
@@ -85,13 +84,7 @@ class Policy(Settings):
 def read_policy(folder: Path) -> Policy:
     """The policy of a device's folder. Raises ConfigError where there is none, or it cannot be read."""
     path = folder / FILE
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing, so nothing is allowed; make the folder of a device with `fedssl device init {folder}`") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    return check(Policy, values, where=str(path))
+    return check_file(Policy, path, missing=f"{path} is missing, so nothing is allowed; make the folder of a device with `fedssl device init {folder}`")
 
 
 def promised_epsilon(recipe: Recipe) -> float:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import secrets
 import stat
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from fedssl.config import check
+from fedssl.config import check_file
 from fedssl.disk import write_whole, writing
 from fedssl.errors import ConfigError
 
@@ -112,13 +111,7 @@ def make_server_folder(folder: Path, *, names: Sequence[str] = (), nodes: Sequen
 def read_server(folder: Path) -> ServerSettings:
     """server.toml. Raises ConfigError where it cannot be read, is not right, a file it names is missing, or a key is open to others."""
     path = folder / FILE
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; make a server with `fedssl server init {folder}`") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-    settings = check(ServerSettings, values, where=str(path))
+    settings = check_file(ServerSettings, path, missing=f"{path}: no such file; make a server with `fedssl server init {folder}`")
     for name in (settings.tls.ca, settings.tls.certificate, settings.tls.key, SECRET):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder / name}: no such file, and {path} needs it")
