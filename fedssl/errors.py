@@ -42,6 +42,10 @@ class AllUploadsRefused(FedSSLError):
     """Nothing that a non-empty cohort sent could be used."""
 
 
+class TooFewUploads(FedSSLError):
+    """Fewer of the nodes that were asked than a round needs sent what could be used; it was not applied."""
+
+
 class RunFolderError(FedSSLError):
     """The run folder is missing, taken, or does not belong to this run."""
 

@@ -8,39 +8,32 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-from flwr.app import Message
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from fedssl import wire
-from fedssl.errors import AllUploadsRefused, ConfigError, UploadRefused, WireError
+from fedssl.errors import AllUploadsRefused, ConfigError, TooFewUploads, WireError
 from fedssl.privacy.keys import Keys, cohort_by_coins, cohort_of_pass, draw_cohort, users_per_round
 from fedssl.privacy.ledger import Ledger, begin_attempt, hmac_of_totals, may_draw_noise, new_attempt
 from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP
 from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
-from fedssl.records import Address, Download, Upload
-from fedssl.server_round import Release, ServerPhase, State, Sums, Totals, add, phases_of, totals_of
-from fedssl_server.admission import admit
-
-REPLIES_AT_ONCE = 4
-"""Replies asked for in one pull: a deployed Grid downloads all that are ready into a list."""
-MOST_WORDS = 500
-"""Characters that are kept of what a node says about its failure."""
-SHORTEST_PULL_SECONDS, PAUSE_SECONDS = 0.045, 0.2
-"""A pull that found nothing sooner than that is followed by a pause, so that the loop does not spin."""
+from fedssl.records import Address, Download
+from fedssl.server_round import Release, ServerPhase, State, Totals, phases_of, totals_of
+from fedssl_server.exchange import Asked, Patience, ask
 
 
 @dataclass(frozen=True)
 class Run:
     """What does not change while rounds go on. ``plan``, ``keys`` and ``ledger`` go together, or are all None: where users add their own noise too.
 
-    ``owner_U``: for each user number the index in ``node_ids`` of the node that hosts them, -1 for none.
+    ``owner_U``: for each user number the index in ``node_ids`` of the node that hosts them, -1 for none. ``least_fraction``: a round is not
+    applied where fewer of the nodes that were asked sent what could be used; the run then ends or, in training, goes on where ``goes_on``.
+    Under a plan whose noise the server adds it is 0: whether a round counts would say who took part.
     """
 
     id: str
@@ -52,6 +45,9 @@ class Run:
     keys: Keys | None = field(default=None, repr=False)
     ledger: Ledger | None = None
     deadline_seconds: float | None = None
+    reconnect_seconds: float = 0.0
+    least_fraction: float = 0.0
+    goes_on: bool = False
 
     @cached_property
     def hosts_one(self) -> NDArray[np.bool_]:
@@ -66,7 +62,8 @@ class RoundFacts:
 
     ``users``: how many were asked (under a plan that number is private). ``loss``: mean over users, where it was declared.
     ``clip_norm``: the round's, where it is adaptive. ``answered``: users who were asked by nodes whose uploads were added.
-    ``refused_for``: how many answers were refused, or missed, by kind (`admission`).
+    ``refused_for``: how many answers were refused, or missed, by kind (`admission`). ``nodes``: how many were asked; ``nodes_used``: whose
+    uploads were added; ``is_applied``: whether these were enough.
     """
 
     phase: str
@@ -83,6 +80,9 @@ class RoundFacts:
     clip_norm: float | None = None
     answered: int = 0
     refused_for: Mapping[str, int] = field(default_factory=dict)
+    nodes: int = 0
+    nodes_used: int = 0
+    is_applied: bool = True
 
 
 def owners(users_of_node: Mapping[int, NDArray[np.int64]], num_users: int) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -119,9 +119,11 @@ def run_rounds(
       - a round is charged before its cohort is drawn, and its totals are sealed before noise is drawn;
       - the same state for any order of replies and any number of nodes.
 
-    Raises BudgetSpent before a round that would break the promise, AllUploadsRefused when nothing could be used.
+    Raises BudgetSpent before a round that would break the promise, AllUploadsRefused when nothing could be used, TooFewUploads when too little was.
     """
     phases = phases if phases is not None else phases_of(run.recipe)
+    if run.plan is not None and run.least_fraction:
+        raise ConfigError("[rounds] least_fraction: under a privacy plan whether a round counts would say who took part, without noise; set it to 0")
     for phase in phases:
         if run.plan is not None and phase.exchanges > 1:
             raise ConfigError(f"phase '{phase.name}' has {phase.exchanges} exchanges; under a plan only the last one's sums are noised, so only one may be")
@@ -158,7 +160,11 @@ def _round(grid: Grid, run: Run, state: State, phase: ServerPhase, number: int, 
             break
         new_attempt(run.ledger, phase.name, number, plan=run.plan)
     release = Release(phase.name, number, attempt, run.plan, run.keys.noise if run.keys is not None else None, facts.answered)
-    state = phase.finish(state, totals, release)
+    if facts.nodes_used < run.least_fraction * facts.nodes:
+        _check_may_go_on(run, phase, facts)
+        state, facts = replace(state, phase=phase.name, round=number), replace(facts, is_applied=False)
+    else:
+        state = phase.finish(state, totals, release)
     if run.ledger is not None:
         state = replace(state, charged=run.ledger.charged())
     elif run.recipe.privacy.is_local:
@@ -190,45 +196,22 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             chosen[node] = mine
     totals: Totals = {}
     tensors = phase.tensors(state)
-    waited, up, down, refused = 0.0, 0, 0, {}
+    waited, up, down, nodes = 0.0, 0, 0, len(chosen)
+    refused: dict[int, str] = {}
     kinds: Counter[str] = Counter()
+    places = {node: index for index, node in enumerate(run.node_ids)}
+    patience = Patience(run.deadline_seconds, run.reconnect_seconds)
     for exchange in range(phase.exchanges):
         if exchange:
             tensors = phase.middle(state, totals, exchange - 1)
-        address = replace(address, exchange=exchange)
-        sums: Sums = {}
-        content = wire.to_record_dict(Download(address, run.recipe, tensors, None, settled, state.clip_norm))
-        declared = phase.declared(state, exchange)
-        messages, asked = [], {}
-        for index, node in enumerate(run.node_ids):
-            if node in chosen:
-                users = None if run.hosts_one[index] else chosen[node]
-                group = f"{address.phase} {address.round}"
-                messages.append(Message(wire.with_users(content, users), node, "train", ttl=run.deadline_seconds, group_id=group))
-                asked[node] = len(chosen[node])
-        down += sum(array.nbytes for array in tensors.values()) * len(messages)
-        for item in _replies(grid, messages, run.deadline_seconds):
-            if isinstance(item, float):
-                waited += item
-                continue
-            sender, reply = item
-            if sender is None or sender not in asked:
-                kinds["unasked"] += 1
-                continue
-            most_users = asked.pop(sender)
-            try:
-                upload = _upload_of(reply)
-                admit(upload, address=address, recipe=run.recipe.hash, declared=declared, most_users=most_users)
-            except (UploadRefused, WireError) as error:
-                refused[sender] = str(error)
-                kinds[error.kind if isinstance(error, UploadRefused) else "form"] += 1
-                continue
-            up += _bytes_of(upload)
-            add(sums, upload)
-        for node in asked:
-            refused[node] = "not reached, or no answer before the deadline"
-            kinds["missing"] += 1
-        totals = totals_of(sums)
+        download = Download(replace(address, exchange=exchange), run.recipe, tensors, None, settled, state.clip_norm)
+        asked = {node: Asked(None if run.hosts_one[places[node]] else users, len(users)) for node, users in chosen.items()}
+        answers = ask(grid, download, asked, phase.declared(state, exchange), patience)
+        down += sum(array.nbytes for array in tensors.values()) * len(asked)
+        waited, up = waited + answers.waited, up + answers.upload_bytes
+        refused |= answers.refused
+        kinds += answers.kinds
+        totals = totals_of(answers.sums)
         if chosen and not totals:
             node, why = next(iter(refused.items()))
             raise AllUploadsRefused(
@@ -252,44 +235,20 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
         clip_norm=state.clip_norm if address.phase == "training" else None,
         answered=sum(len(users) for users in chosen.values()),
         refused_for=dict(kinds),
+        nodes=nodes,
+        nodes_used=len(chosen),
     )
 
 
-def _replies(grid: Grid, messages: list[Message], deadline_seconds: float | None) -> Iterator[tuple[int | None, Message] | float]:
-    """Each reply as it arrives, with the node that was asked (None: nobody was); between them the seconds that were waited; ends at the deadline."""
-    names = list(grid.push_messages(messages)) if messages else []
-    # A deployed Grid has no name for a message that it could not push. Who was asked, not who says that they answer, counts.
-    node_of = {name: message.metadata.dst_node_id for name, message in zip(names, messages, strict=True) if name}
-    missing = list(node_of)
-    ends = None if deadline_seconds is None else time.monotonic() + deadline_seconds
-    while missing and (ends is None or time.monotonic() < ends):
-        before = time.perf_counter()
-        replies = list(grid.pull_messages(missing[:REPLIES_AT_ONCE]))
-        spent = time.perf_counter() - before
-        if not replies and spent < SHORTEST_PULL_SECONDS:
-            # A deployed Grid answers at once; the in-process one waits by itself.
-            time.sleep(PAUSE_SECONDS)
-        yield time.perf_counter() - before
-        if not replies:
-            # Nothing yet: ask for others next, so that a slow node does not hold up those behind it.
-            missing = missing[REPLIES_AT_ONCE:] + missing[:REPLIES_AT_ONCE]
-        for reply in replies:
-            name = reply.metadata.reply_to_message_id
-            if name in missing:
-                missing.remove(name)
-            yield node_of.get(name), reply
-
-
-def _upload_of(reply: Message) -> Upload:
-    if reply.has_error():
-        # A node's own words: short, and on one line.
-        raise UploadRefused(f"the node failed: {' '.join(str(reply.error.reason).split())[:MOST_WORDS]}", "failed")
-    return wire.upload_from_record_dict(reply.content)
-
-
-def _bytes_of(upload: Upload) -> int:
-    arrays = [(value,) if isinstance(value, np.ndarray) else (value.rows, value.columns, value.values) for value in upload.sums.values()]
-    return sum(array.nbytes for group in arrays for array in group)
+def _check_may_go_on(run: Run, phase: ServerPhase, facts: RoundFacts) -> None:
+    """Raises TooFewUploads where a round that is not applied ends the run. No later round makes up for one of counts."""
+    if run.goes_on and phase.name == "training":
+        return
+    why = "; ".join(f"node {node}: {words}" for node, words in list(facts.refused.items())[:3])
+    raise TooFewUploads(
+        f"{facts.phase} round {facts.round}: {facts.nodes_used} of {facts.nodes} nodes sent what could be used, and [rounds] least_fraction is "
+        f"{run.least_fraction:g}; the round is not applied. {why}. Go on once more nodes are there; it is then asked for again"
+    )
 
 
 def _scalar(totals: Totals, name: str, step: float) -> float | None:

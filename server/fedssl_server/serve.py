@@ -1,6 +1,6 @@
 """A run from its folder: recipe, plan and keys from what is there, rounds over a Grid, checkpoints and metrics into it.
 
-The folder begins with ``run.toml`` (the settings) and ``catalogue.jsonl``; this adds ``checkpoints/``, ``metrics.jsonl`` and,
+The folder begins with ``run.toml`` (the settings) and ``catalogue.jsonl``; this adds ``name``, ``checkpoints/``, ``metrics.jsonl`` and,
 under a privacy plan, ``secrets/`` and ``ledger.jsonl``. Called again, it goes on from the newest checkpoint.
 """
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from fedssl.catalogue import read_catalogue
 from fedssl.checkpoints import Checkpoint, newest_checkpoint
+from fedssl.disk import write_whole
 from fedssl.errors import CheckpointError
 from fedssl.keeper import Keeper
 from fedssl.privacy.keys import Keys, make_keys, read_keys
@@ -34,11 +35,15 @@ def serve(
     folder: Path,
     *,
     deadline_seconds: float | None = None,
+    reconnect_seconds: float = 0.0,
+    least_fraction: float = 0.0,
+    goes_on: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Run what is left of the run in ``folder`` and return where it stands then.
 
     ``users_of_node``: the stable numbers of the users each node hosts. ``deadline_seconds``: how long a round waits; None: for all.
+    ``reconnect_seconds``, ``least_fraction``, ``goes_on``: of nodes that drop out (`exchange.Patience`, `rounds.Run`).
 
     Guarantees:
       - stopped at any moment and called again, the weights are those of a run that was never stopped (without a plan, or
@@ -55,11 +60,12 @@ def serve(
     central = None if config.privacy.is_local else plan
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
     recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, privacy=told)
-    begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, secrets.token_hex(8), "")
+    begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, _name(folder), "")
     if begin.recipe.hash != recipe.hash:
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, central, begin.state)
-    run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, deadline_seconds)
+    waits = (deadline_seconds, reconnect_seconds, least_fraction, goes_on)
+    run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, *waits)
     phases = phases_of(recipe, catalogue)
     lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)
     cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases])
@@ -68,10 +74,14 @@ def serve(
         line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
         if facts.clip_norm is not None:
             line["clip_norm"] = facts.clip_norm
+        if not facts.is_applied:
+            line["is_applied"] = False
         # Who was asked, and so how much was sent and who did not answer, is the secret that amplification by sampling rests on.
         seen = {
             "users": facts.users,
             "loss": facts.loss,
+            "nodes": facts.nodes,
+            "nodes_used": facts.nodes_used,
             "upload_bytes": facts.upload_bytes,
             "download_bytes": facts.download_bytes,
             "refused": {str(node): why for node, why in facts.refused.items()},
@@ -80,7 +90,8 @@ def serve(
         line |= seen if plan is None else {"epsilon": plan.epsilon(state.charged), "researcher_only": seen}
         append_line(lines, line)
         more = f", loss {facts.loss}, {len(facts.refused)} nodes refused" if plan is None else ""
-        print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s{more}", flush=True)
+        few = "" if facts.is_applied else f", NOT APPLIED: {facts.nodes_used} of {facts.nodes} nodes, and least_fraction is {least_fraction:g}"
+        print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s{more}{few}", flush=True)
         # Under a plan a round that must be repeated is charged again, because a deployment does not repeat exactly: keep each.
         if plan is not None or keeper.is_due(state):
             keeper.keep(state)
@@ -88,6 +99,14 @@ def serve(
     state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled, phases=phases)
     keeper.keep(state)
     return state
+
+
+def _name(folder: Path) -> str:
+    """The run's name, drawn once: a device is charged a run's whole promise by its name, also where a crash comes before the first checkpoint."""
+    path = folder / "name"
+    if not path.exists():
+        write_whole(path, secrets.token_hex(8))
+    return path.read_text(encoding="utf-8")
 
 
 def _open_secrets(folder: Path, plan: Plan | None, state: State) -> tuple[Keys | None, Ledger | None]:

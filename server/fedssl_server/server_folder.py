@@ -10,8 +10,9 @@ import secrets
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedssl.config import check_file
 from fedssl.disk import write_whole, writing
@@ -65,12 +66,39 @@ class Nodes(_Section):
 
 
 class Rounds(_Section):
-    """How a run waits: for ``nodes`` up to ``nodes_seconds``, for the uploads of a round ``round_seconds``; ``tries``: in a row without a new checkpoint."""
+    """How a run waits: for ``nodes`` up to ``nodes_seconds``, for the uploads of a round ``round_seconds``; ``tries``: in a row without a new checkpoint.
+
+    ``reconnect_seconds``: within ``round_seconds``, for a node that dropped out to come back (0: not at all). ``least_fraction``: of the nodes that were
+    asked, below which a round is not applied; ``when_fewer``: what the run does then.
+    """
 
     nodes: int = Field(default=1, ge=1)
     nodes_seconds: float = Field(default=300.0, gt=0)
     round_seconds: float = Field(default=3600.0, gt=0)
+    reconnect_seconds: float = Field(default=0.0, ge=0)
+    least_fraction: float = Field(default=0.0, ge=0, le=1)
+    when_fewer: Literal["stop", "continue"] = "stop"
     tries: int = Field(default=3, ge=1)
+
+    @model_validator(mode="after")
+    def _reconnecting_ends_before_the_round(self) -> Rounds:
+        if self.reconnect_seconds >= self.round_seconds:
+            raise ValueError(
+                f"reconnect_seconds = {self.reconnect_seconds:g} is not below round_seconds = {self.round_seconds:g}; who comes back needs time to train"
+            )
+        return self
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the ServerApp is told of it, which reads its environment alone."""
+        return {
+            "FEDSSL_NODES": str(self.nodes),
+            "FEDSSL_NODES_SECONDS": str(self.nodes_seconds),
+            "FEDSSL_ROUND_SECONDS": str(self.round_seconds),
+            "FEDSSL_RECONNECT_SECONDS": str(self.reconnect_seconds),
+            "FEDSSL_LEAST_FRACTION": str(self.least_fraction),
+            "FEDSSL_WHEN_FEWER": self.when_fewer,
+        }
 
 
 class ServerSettings(_Section):

@@ -6,23 +6,27 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from fedssl_server import rounds
-from fedssl_server.rounds import owners
-from fedssl_simulations.grids import Handler, InProcessGrid
-from flwr.app import Context, Message
+from fedssl_server import exchange
+from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
+from fedssl_simulations.grids import Handler, InProcessGrid, handler_of
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
-from small import recipe_of, small_config, small_dataset, train
+from small import PLAN, deal, recipe_of, small_config, small_dataset, train
 
 from fedssl import wire
 from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard
-from fedssl.errors import AllUploadsRefused, WireError
+from fedssl.errors import AllUploadsRefused, ConfigError, TooFewUploads, WireError
 from fedssl.privacy.manifest import DeclaredSum
+from fedssl.privacy.plan import make_plan
+from fedssl.recipe import make_recipe
 from fedssl.records import Download, SparseSum, Upload
 from fedssl.server_round import Release, ServerPhase, State, Totals, first_state
 
@@ -211,7 +215,7 @@ def past_the_deadline(monkeypatch: pytest.MonkeyPatch, *, late: set[int]) -> dic
     """Settings of `train` for a deadline that passes once all but the ``late`` nodes have answered, however busy the machine is."""
     is_over, passed, in_time = threading.Event(), [0.0], 3 - len(late)
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + passed[0], perf_counter=time.perf_counter, sleep=time.sleep)
-    monkeypatch.setattr(rounds, "time", clock)
+    monkeypatch.setattr(exchange, "time", clock)
 
     class LateGrid(InProcessGrid):
         pulled = 0
@@ -306,6 +310,208 @@ def test_a_reply_belongs_to_the_node_that_was_asked_whatever_it_says():
     forged, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=ForgingGrid)
     assert not facts[0].refused
     assert torch.equal(forged.weights_P, train(CLIPPED, small_dataset(), shards=PIECES)[0].weights_P)
+
+
+# ---- nodes that drop out and come back ----
+
+
+class FlakyGrid(InProcessGrid):
+    """Node 2 is killed when it is first asked, as Flower tells of one: its message is lost, and it is there again after some looks."""
+
+    away, code, is_noticed = 2, ErrorCode.NODE_UNAVAILABLE, True
+    looks = 0
+    lost: str | None = None
+
+    def push_messages(self, messages: Any) -> list[str]:
+        wanted = list(messages)
+        names = super().push_messages(wanted)
+        if self.lost is None:
+            self.lost = next(name for name, message in zip(names, wanted, strict=True) if message.metadata.dst_node_id == 2)
+            self.abandon([self.lost])
+            self.waiting = wanted[names.index(self.lost)]
+        return names
+
+    def pull_messages(self, message_ids: Any) -> list[Message]:
+        rest = [name for name in message_ids if name != self.lost]
+        replies = super().pull_messages(rest) if rest else []
+        if len(rest) < len(message_ids) and self.is_noticed:
+            replies.append(Message(Error(self.code, "gone"), reply_to=self.waiting))
+        return replies
+
+    def get_node_ids(self) -> list[int]:
+        self.looks += 1
+        return [node for node in super().get_node_ids() if node != 2 or self.looks > self.away]
+
+
+def quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(exchange, "PAUSE_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("code", exchange.LOST)
+def test_a_node_that_drops_out_and_returns_within_the_window_is_asked_anew_and_counted(code: int, monkeypatch: pytest.MonkeyPatch):
+    quick_looks(monkeypatch)
+    monkeypatch.setattr(FlakyGrid, "code", code)
+    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=FlakyGrid, deadline_seconds=60.0, reconnect_seconds=30.0)
+    assert (facts[0].refused, facts[0].refused_for, facts[0].weight) == ({}, {}, 24.0)
+    assert torch.equal(state.weights_P, train(CLIPPED, small_dataset(), shards=PIECES)[0].weights_P)
+
+
+def test_a_node_that_flower_never_tells_of_is_missed_by_looking_who_is_there(monkeypatch: pytest.MonkeyPatch):
+    quick_looks(monkeypatch)
+    monkeypatch.setattr(FlakyGrid, "is_noticed", False)
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=FlakyGrid, deadline_seconds=60.0, reconnect_seconds=30.0)
+    assert (facts[0].refused, facts[0].weight) == ({}, 24.0)
+
+
+@pytest.mark.parametrize("reconnect", [0.0, 0.05])
+def test_a_node_that_does_not_return_within_the_window_is_missing_and_the_round_does_not_wait_for_the_deadline(
+    reconnect: float, monkeypatch: pytest.MonkeyPatch
+):
+    quick_looks(monkeypatch)
+    monkeypatch.setattr(FlakyGrid, "away", 10**9)
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=FlakyGrid, deadline_seconds=600.0, reconnect_seconds=reconnect)
+    assert facts[0].refused.keys() == {2} and facts[0].refused_for == {"missing": 1}
+    assert facts[0].weight == 16.0 and facts[0].seconds < 60
+
+
+class DyingGrid(FlakyGrid):
+    """Node 2 is lost whenever it is asked, and there again at once."""
+
+    away, asked = 0, 0
+
+    def push_messages(self, messages: Any) -> list[str]:
+        self.lost = None
+        self.asked += any(message.metadata.dst_node_id == 2 for message in messages)
+        return super().push_messages(messages)
+
+
+def test_a_node_that_is_lost_again_and_again_gets_one_window(monkeypatch: pytest.MonkeyPatch):
+    quick_looks(monkeypatch)
+    _, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=DyingGrid, reconnect_seconds=0.3)
+    assert facts[0].refused_for == {"missing": 1} and facts[0].weight == 16.0
+
+
+class HealedGrid(FlakyGrid):
+    """Only the line was cut: when node 2 is back it answers what it was asked first, too."""
+
+    away, code = 1, ErrorCode.NODE_UNAVAILABLE
+
+    def push_messages(self, messages: Any) -> list[str]:
+        return InProcessGrid.push_messages(self, messages)
+
+
+def test_of_both_answers_of_a_node_that_was_asked_anew_one_is_added(monkeypatch: pytest.MonkeyPatch):
+    quick_looks(monkeypatch)
+    started = threading.Event()
+
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            if context.node_id == 2 and not started.is_set():
+                started.set()
+                time.sleep(0.3)
+            return handler(message, context)
+
+        return handle
+
+    state, facts = train(CLIPPED, small_dataset(), shards=PIECES, grid=HealedGrid, tamper=tamper, threads=3, reconnect_seconds=30.0)
+    assert facts[0].refused == {} and facts[0].weight == 24.0
+    assert torch.equal(state.weights_P, train(CLIPPED, small_dataset(), shards=PIECES)[0].weights_P)
+
+
+class FullGrid(InProcessGrid):
+    """As a deployed Grid does when a message is larger than the SuperLink takes: no names at all."""
+
+    def push_messages(self, messages: Any) -> list[str]:
+        return []
+
+
+def test_messages_that_are_too_large_for_the_link_are_an_error_that_says_so():
+    with pytest.raises(AllUploadsRefused, match="not reached"):
+        train(CLIPPED, small_dataset(), shards=PIECES, grid=FullGrid)
+
+
+# ---- rounds with too few uploads ----
+
+
+def failing(nodes: set[int], rounds: set[int]) -> Callable[[Handler], Handler]:
+    def tamper(handler: Handler) -> Handler:
+        def handle(message: Message, context: Context) -> Message:
+            if context.node_id in nodes and wire.download_from_record_dict(message.content).address.round in rounds:
+                raise RuntimeError("broken build")
+            return handler(message, context)
+
+        return handle
+
+    return tamper
+
+
+THREE_ROUNDS = small_config({"server": {"rounds": 3, "cohort": 24, "optimizer": "sgd"}}, {"privacy": {"clip_norm": 0.2}, "system": {"users_per_chunk": 1}})
+
+
+def test_a_round_with_too_few_uploads_is_not_applied_and_the_run_goes_on_where_it_may():
+    states: list[State] = []
+    settings: dict[str, Any] = {"shards": PIECES, "least_fraction": 0.5, "goes_on": True}
+    _, facts = train(THREE_ROUNDS, small_dataset(), tamper=failing({1, 2}, {2}), on_round=lambda state, facts: states.append(state), **settings)
+    assert [(fact.nodes, fact.nodes_used, fact.is_applied) for fact in facts] == [(3, 3, True), (3, 1, False), (3, 3, True)]
+    assert torch.equal(states[1].weights_P, states[0].weights_P) and states[1].memory is states[0].memory
+    assert not torch.equal(states[2].weights_P, states[1].weights_P)
+    assert [state.round for state in states] == [1, 2, 3]
+
+
+def test_just_the_least_fraction_is_enough():
+    _, facts = train(THREE_ROUNDS, small_dataset(), tamper=failing({1}, {1, 2, 3}), shards=PIECES, least_fraction=2 / 3)
+    assert all(fact.is_applied and fact.nodes_used == 2 for fact in facts)
+
+
+def test_a_round_with_too_few_uploads_ends_the_run_where_it_may_not_go_on_and_is_asked_for_again():
+    states: list[State] = []
+    with pytest.raises(TooFewUploads, match=r"training round 2: 1 of 3 nodes sent what could be used, and \[rounds\] least_fraction is 0.5; .*broken build"):
+        train(
+            THREE_ROUNDS,
+            small_dataset(),
+            tamper=failing({1, 2}, {2}),
+            shards=PIECES,
+            least_fraction=0.5,
+            on_round=lambda state, facts: states.append(state),
+        )
+    assert [state.round for state in states] == [1]
+    again, _ = train(THREE_ROUNDS, small_dataset(), shards=PIECES, state=states[0])
+    assert torch.equal(again.weights_P, train(THREE_ROUNDS, small_dataset(), shards=PIECES)[0].weights_P)
+
+
+def test_counts_of_too_few_nodes_end_the_run_because_they_are_summed_once():
+    config = small_config({"counts": {}, "server": {"rounds": 1}})
+    with pytest.raises(TooFewUploads, match="counts round 1: 1 of 3"):
+        train(config, small_dataset(), tamper=failing({1, 2}, {1}), shards=PIECES, least_fraction=0.5, goes_on=True)
+
+
+def test_under_a_plan_a_least_fraction_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match="whether a round counts would say who took part"):
+        train(small_config(ONE, PLAN), small_dataset(), folder=tmp_path, least_fraction=0.5)
+
+
+def test_users_who_add_their_own_noise_are_charged_for_a_round_that_is_not_applied(tmp_path: Path):
+    config = small_config({"server": {"rounds": 1, "cohort": 24}, "privacy": {"clip_norm": 0.5, "noise_multiplier": 1.0, "mode": "local", "delta": 1e-3}})
+    plan = make_plan(config.privacy, config.server, None, 24, local=config.local)
+    assert plan is not None
+    recipe = make_recipe(config, num_items=40, catalogue=small_dataset().catalogue.hash, privacy=plan.told_to_nodes(config.privacy))
+    run = Run("test", recipe, 24, (1, 2), np.repeat(np.array([0, 1], np.int32), 12), least_fraction=0.9, goes_on=True)
+    shards = deal(config, small_dataset(), [np.arange(12), np.arange(12, 24)])
+    for node, shard in shards.items():
+        shard.device_folder = tmp_path / str(node)
+        shard.device_folder.mkdir()
+    inner = handler_of(shards)
+
+    def handle(message: Message, context: Context) -> Message:
+        if context.node_id == 1:
+            raise RuntimeError("lost on its way")
+        return inner(message, context)
+
+    with InProcessGrid(handle, {1: {"partition-id": 1}, 2: {"partition-id": 2}}) as grid:
+        told: list[RoundFacts] = []
+        state = run_rounds(grid, run, first_state(recipe), on_round=lambda state, facts: told.append(facts))
+    assert not told[0].is_applied and state.charged == {"training": 1}
 
 
 # ---- who hosts whom ----
