@@ -76,10 +76,14 @@ class EncoderConfig(Settings):
 class TaskConfig(Settings):
     """One pretext task. What a task does not use, it ignores; `docs/settings.md` says which reads what."""
 
-    name: str = Field(description="A task that ships (next-item; masked-item, for bert4rec; contrastive, for any encoder), or package.module:name")
+    name: str = Field(
+        description="A task that ships (next-item, previous-item; masked-item, for bert4rec; contrastive, for any encoder), or package.module:name"
+    )
     weight: float = Field(1.0, ge=0.0, description="Factor of this task's loss in the sum; 0: not computed")
     negatives: int = Field(
-        0, ge=0, description="next-item, masked-item: drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories"
+        0,
+        ge=0,
+        description="next-item, previous-item, masked-item: drawn per user, uniformly; 0: softmax over the whole catalogue. contrastive: invented histories",
     )
     temperature: float = Field(0.5, gt=0.0, description="contrastive: divisor of cosine similarities")
     keep: float = Field(

@@ -23,10 +23,11 @@ from fedssl.tasks import Task
 from fedssl.tasks.contrastive import contrastive
 from fedssl.tasks.masked_item import masked_item
 from fedssl.tasks.next_item import next_item
+from fedssl.tasks.previous_item import previous_item
 from fedssl.weights import ITEMS, Layout, Weights, layout_of
 
 ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {"sasrec": sasrec, "gru4rec": gru4rec, "bert4rec": bert4rec, "hgrn": hgrn}
-TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "contrastive": contrastive, "masked-item": masked_item}
+TASKS: dict[str, Callable[..., Task]] = {"next-item": next_item, "previous-item": previous_item, "contrastive": contrastive, "masked-item": masked_item}
 SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd": sgd, "adam": adam, "adamw": adamw, "adagrad": adagrad, "yogi": yogi}
 
 
@@ -51,7 +52,7 @@ def make_parts(recipe: Recipe) -> Parts:
         if recipe.privacy.is_by_window and not task.is_by_window:
             raise ConfigError(
                 f"task '{config.name}' reads several windows of a user in one loss, so no window can be clipped alone; under privacy.mode = 'window' "
-                "use a task that declares is_by_window (next-item, masked-item), or protect the whole user with mode = 'central' or 'local'"
+                "use a task that declares is_by_window (next-item, previous-item, masked-item), or protect the whole user with mode = 'central' or 'local'"
             )
     return Parts(
         encoder=encoder,

@@ -44,6 +44,14 @@ def reorder(windows: Rows, keep: float, *, columns: Uniform, where: Uniform) -> 
     return np.take_along_axis(windows, np.argsort(order, axis=-1, kind="stable"), -1)
 
 
+def reverse(windows: Rows) -> Rows:
+    """Each window from its newest event to its oldest; the padding stays on the left."""
+    L = windows.shape[-1]
+    column = np.arange(L)
+    begin = L - (windows > 0).sum(-1, keepdims=True)
+    return np.take_along_axis(windows, np.where(column < begin, column, begin + L - 1 - column), -1)
+
+
 def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choice: Uniform) -> Rows:
     """Crop, mask or reorder, each with chance 1/3, one choice a window. ``choice``: (...,)."""
     chosen = (choice * 3).astype(np.int64)[..., None]

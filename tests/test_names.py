@@ -23,7 +23,7 @@ def test_a_part_of_ones_own_is_found_by_package_and_name():
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("next", "there is no task 'next'; there is contrastive, masked-item, next-item, or package.module:name of your own"),
+        ("next", "there is no task 'next'; there is contrastive, masked-item, next-item, previous-item, or package.module:name of your own"),
         ("no_such_module:task", "task 'no_such_module:task' cannot be loaded (No module named 'no_such_module'); write package.module:name"),
         ("fedssl.tasks:absent", "cannot be loaded (module 'fedssl.tasks' has no attribute 'absent')"),
         ("fedssl.heads.store:HEADS_FORMAT", "is not a function"),

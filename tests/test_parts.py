@@ -53,7 +53,7 @@ def test_the_random_state_of_torch_is_neither_read_nor_moved():
     ("sections", "message"),
     [
         ({"encoder": {"name": "sasrek"}}, "there is no encoder 'sasrek'; there is bert4rec, gru4rec, hgrn, sasrec, or package.module:name of your own"),
-        ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, masked-item, next-item, or"),
+        ({"task": [{"name": "next"}]}, "there is no task 'next'; there is contrastive, masked-item, next-item, previous-item, or"),
         ({"server": {"optimizer": "lion"}}, "there is no server optimiser 'lion'; there is adagrad, adam, adamw, sgd, yogi, or"),
         ({"task": [{"name": "no.such.module:task"}]}, "task 'no.such.module:task' cannot be loaded (No module named 'no'"),
         ({"task": [{"name": "fedssl.tasks.next_item:task"}]}, "cannot be loaded (module 'fedssl.tasks.next_item' has no attribute 'task')"),

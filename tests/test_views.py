@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedssl.views import any_of, crop, hide, mask, reorder
+from fedssl.views import any_of, crop, hide, mask, reorder, reverse
 
 TEN = np.arange(1, 11)
 
@@ -147,3 +147,9 @@ def test_every_begin_of_a_crop_and_of_a_piece_is_equally_likely():
     found = reorder(np.tile(TEN, (700, 1)), 0.6, columns=np.tile(np.linspace(0.9, 0, 10), (700, 1)), where=where)
     first = (found != TEN).argmax(1)
     assert np.bincount(first).tolist() == [100] * 7
+
+
+def test_a_window_read_backwards_keeps_its_padding_on_the_left():
+    windows = np.array([[[3, 1, 4, 2], [0, 0, 5, 6], [0, 0, 0, 7], [0, 0, 0, 0]]])
+    assert reverse(windows).tolist() == [[[2, 4, 1, 3], [0, 0, 6, 5], [0, 0, 0, 7], [0, 0, 0, 0]]]
+    assert (reverse(reverse(windows)) == windows).all()

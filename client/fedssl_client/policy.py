@@ -29,7 +29,7 @@ class Allow(Settings):
     """The most that a recipe may ask for."""
 
     servers: tuple[str, ...] = Field((), description="Names of servers, as the SuperNode's config gives them; empty: none")
-    tasks: tuple[str, ...] = Field(("next-item", "masked-item", "contrastive"), description="Tasks that may be trained")
+    tasks: tuple[str, ...] = Field(("next-item", "previous-item", "masked-item", "contrastive"), description="Tasks that may be trained")
     parts: tuple[str, ...] = Field((), description="Parts of other packages (`module:name`) that a recipe may name; empty: none")
     most_steps: int = Field(16, ge=1, description="Local steps of a round")
     most_bytes: int = Field(64_000_000, ge=1, description="Bytes of one download, and of one upload")

@@ -52,7 +52,7 @@ PAGE_TOP = """\
 # Encoders
 
 Made by `python simulations/benchmarks/encoders.py`; do not edit. `[encoder] name` chooses one; `[[task]] name` must suit it, and a pair that
-cannot learn is refused: `next-item` asks for a causal encoder, `masked-item` for one that reads both ways; `contrastive` trains any.
+cannot learn is refused: `next-item` and `previous-item` ask for a causal encoder, `masked-item` for one that reads both ways; `contrastive` trains any.
 
 | encoder | what it is |
 |---|---|
