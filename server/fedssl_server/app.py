@@ -2,7 +2,8 @@
 
 Everything is read from this process's environment, never from the run config, which reaches every node:
 ``FEDSSL_RUN_DIR`` (the run folder), ``FEDSSL_NODES`` (nodes to wait for, default 1), ``FEDSSL_NODES_SECONDS`` (how long, default
-300) and ``FEDSSL_ROUND_SECONDS`` (how long a round waits for uploads, default 3600).
+300), ``FEDSSL_ROUND_SECONDS`` (how long a round waits for uploads, default 3600), ``FEDSSL_RECONNECT_SECONDS`` (for a node that dropped out, default
+0), ``FEDSSL_LEAST_FRACTION`` (of the asked nodes, default 0) and ``FEDSSL_WHEN_FEWER`` (stop or continue, default stop).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -25,13 +27,22 @@ from fedssl_server.run_settings import HALT
 app = ServerApp()
 
 
+class Waits(TypedDict):
+    """What `fedssl_server.serve.serve` is told of nodes that are late or drop out."""
+
+    deadline_seconds: float
+    reconnect_seconds: float
+    least_fraction: float
+    goes_on: bool
+
+
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run, or resume, the run of the folder in the environment. A FedSSLError is one clear line, and the run fails."""
     try:
         folder = run_folder()
         expected, seconds = int(_number("FEDSSL_NODES", 1)), _number("FEDSSL_NODES_SECONDS", 300)
-        deadline = _number("FEDSSL_ROUND_SECONDS", 3600)
+        waits = _waits()
         nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds)
         print(f"{len(nodes)} nodes host {sum(len(hello.users) for hello in nodes.values())} users", flush=True)
 
@@ -40,7 +51,7 @@ def main(grid: Grid, context: Context) -> None:
 
         with held(folder):
             users = {node: hello.users for node, hello in nodes.items()}
-            serve(grid, users, folder, deadline_seconds=deadline, should_stop=(folder / HALT).exists)
+            serve(grid, users, folder, **waits, should_stop=(folder / HALT).exists)
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise
@@ -97,12 +108,25 @@ def say_hello(grid: Grid, nodes: Iterable[int], seconds: float) -> dict[int, wir
     return {node: answers[node] for node in asked.values()}
 
 
-def _number(name: str, default: float) -> float:
+def _waits() -> Waits:
+    """How long a round waits, and what it needs, as the environment says."""
+    fraction, fewer = _number("FEDSSL_LEAST_FRACTION", 0, may_be_0=True), os.environ.get("FEDSSL_WHEN_FEWER", "stop")
+    if fraction > 1 or fewer not in ("stop", "continue"):
+        raise ConfigError(f"FEDSSL_LEAST_FRACTION={fraction:g}, FEDSSL_WHEN_FEWER={fewer}: wanted a number from 0 to 1, and stop or continue")
+    return {
+        "deadline_seconds": _number("FEDSSL_ROUND_SECONDS", 3600),
+        "reconnect_seconds": _number("FEDSSL_RECONNECT_SECONDS", 0, may_be_0=True),
+        "least_fraction": fraction,
+        "goes_on": fewer == "continue",
+    }
+
+
+def _number(name: str, default: float, *, may_be_0: bool = False) -> float:
     text = os.environ.get(name, "") or str(default)
     try:
         number = float(text)
     except ValueError:
         number = -1.0
-    if not 0 < number < 1e9:
-        raise ConfigError(f"{name}={text}: wanted a number above 0")
+    if not (0 < number < 1e9 or (may_be_0 and number == 0)):
+        raise ConfigError(f"{name}={text}: wanted {'0 or ' * may_be_0}a number above 0")
     return number

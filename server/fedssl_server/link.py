@@ -76,13 +76,7 @@ class Link:
 
     def start_superexec(self, processes: Processes, run: Path) -> None:
         """Start what runs the ServerApp. The run folder reaches it through its process alone: a run config would go to every node."""
-        rounds = self.settings.rounds
-        extra = {
-            "FEDSSL_RUN_DIR": str(run.resolve()),
-            "FEDSSL_NODES": str(rounds.nodes),
-            "FEDSSL_NODES_SECONDS": str(rounds.nodes_seconds),
-            "FEDSSL_ROUND_SECONDS": str(rounds.round_seconds),
-        }
+        extra = {"FEDSSL_RUN_DIR": str(run.resolve()), **self.settings.rounds.environment}
         guards = ["--root-certificates", str(self.ca), "--superexec-auth-secret-file", str(self.folder / SECRET)]
         command = [program("flower-superexec"), *guards, "--parent-pid", str(os.getpid()), "--runtime-api-address", self.address]
         processes.start("superexec", command, extra)
