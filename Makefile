@@ -10,11 +10,11 @@ READY := $(VENV)/.ready
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: help demo test lint format federation wheel-check docs proto clean
+.PHONY: help demo test lint format federation wheel-check docs proto containers containers-check clean
 .DEFAULT_GOAL := help
 
 help:  ## These lines
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 20
 
 demo: $(READY)  ## Make histories, train federated, compare with baselines, say where the report lies
 	@test -e $(DEMO)/histories.txt || $(BIN)/fedssl data synthesize $(DEMO)/histories.txt
@@ -36,6 +36,12 @@ format: $(READY)  ## Let ruff put the code in order
 
 federation: $(READY)  ## A SuperLink and two SuperNodes on this machine reach the bytes of the simulation
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/end_to_end/test_federation.py -v -rs
+
+containers: $(READY)  ## Build and run docker/compose.yaml, where `docker` reaches an engine: three devices record, train and recommend
+	OMP_NUM_THREADS=1 FEDSSL_ENGINE=docker $(BIN)/python -m pytest tests/end_to_end/test_containers.py -v -s
+
+containers-check: $(READY)  ## Hold images, compose, units, proxy and what ARM resolves to their own tools; which are missing is said
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/docker -v -rs
 
 wheel-check: $(READY)  ## Install the wheel with all it needs for PYTHON in an empty environment; the demo and a federation run there
 	OMP_NUM_THREADS=1 $(BIN)/python tests/wheel_check.py --python $(PYTHON) --pip-args='$(PIP_ARGS)'
