@@ -17,13 +17,12 @@ from torch.autograd import Function
 class ItemTable:
     """Rows (U, K, D), shared by an expanded view or one set a user; ``slope`` is theirs, filled by the backward pass.
 
-    Columns from ``first_candidate`` on are scored by softmax losses, each with its bias added: the log of how many items a
-    drawn candidate stands for, -inf for filler. A bias of None: all rows of the catalogue are candidates.
+    Softmax losses score every column but that of the padding, each with its bias added: 0 for an own item, the log of how many
+    items a drawn candidate stands for, -inf for filler. A bias of None: the rows are the whole catalogue.
     """
 
-    def __init__(self, rows_UKD: Tensor, *, first_candidate: int = 1, bias_UN: Tensor | None = None):
+    def __init__(self, rows_UKD: Tensor, *, bias_UN: Tensor | None = None):
         self.rows_UKD = rows_UKD
-        self.first_candidate = first_candidate
         self.bias_UN = bias_UN
         self._slope: Tensor | None = None
         # Autograd only calls the backward of a function that has an input to differentiate.

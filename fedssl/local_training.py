@@ -37,7 +37,7 @@ class Batch:
 
     ``sequences``: for each task, named, (U, S, B, L) in row numbers of ``rows_UK``, 0 is padding. ``rows_UK``: the DISTINCT
     catalogue rows a user touches, filled up with row 0; None: the whole catalogue, and row numbers are catalogue rows.
-    ``bias_UN``: what each candidate's score gets added (`fedssl.item_table`). ``positions_U``: real positions of the windows, over all steps:
+    ``bias_UN``: what the score of each row but the padding gets added (`fedssl.item_table`). ``positions_U``: real positions of the windows, over all steps:
     events that have a next one.
     """
 
@@ -45,7 +45,6 @@ class Batch:
     base: tuple[str | int, ...]
     sequences: tuple[Mapping[str, Tensor], ...]
     rows_UK: Tensor | None
-    first_candidate: int
     bias_UN: Tensor | None
     positions_U: NDArray[np.int64]
 
@@ -101,13 +100,14 @@ def batch_of(
     positions_U = ((windows_USBL1[..., 1:] > 0) & (windows_USBL1[..., :-1] > 0)).sum((1, 2, 3))
     if any(views.ranks_all for views in drawn):
         sequences = tuple({name: torch.from_numpy(np.ascontiguousarray(rows)) for name, rows in views.sequences.items()} for views in drawn)
-        return Batch(users_U, base, sequences, None, 1, None, positions_U)
+        return Batch(users_U, base, sequences, None, None, positions_U)
     sequences, rows_UK, first_candidate, is_real_UN = distinct_rows(drawn)
     # Each drawn candidate stands for (catalogue - own items) / drawn of the items that were not drawn.
-    own_U1 = (rows_UK[:, 1:first_candidate] > 0).sum(1, keepdim=True)
-    stands_for_U1 = (num_items - own_U1) / is_real_UN.sum(1, keepdim=True).clamp(min=1)
-    bias_UN = torch.where(is_real_UN, stands_for_U1.log(), -math.inf)
-    return Batch(users_U, base, sequences, rows_UK, first_candidate, bias_UN, positions_U)
+    own_UM = rows_UK[:, 1:first_candidate] > 0
+    stands_for_U1 = (num_items - own_UM.sum(1, keepdim=True)) / is_real_UN.sum(1, keepdim=True).clamp(min=1)
+    bias_UN = torch.cat([torch.zeros(own_UM.shape), stands_for_U1.log().expand(is_real_UN.shape)], 1)
+    bias_UN[~torch.cat([own_UM, is_real_UN], 1)] = -math.inf
+    return Batch(users_U, base, sequences, rows_UK, bias_UN, positions_U)
 
 
 def distinct_rows(drawn: Sequence[Views]) -> tuple[tuple[dict[str, Tensor], ...], Tensor, int, Tensor]:
@@ -265,11 +265,7 @@ def train_users(
     first_loss: Tensor | None = None
     for step in range(local.steps):
         now = {name: (leaf + update[name] if update else leaf).detach().requires_grad_() for name, leaf in body.items()}
-        table = ItemTable(
-            start_UKD if items is None else start_UKD + items,
-            first_candidate=batch.first_candidate,
-            bias_UN=batch.bias_UN,
-        )
+        table = ItemTable(start_UKD if items is None else start_UKD + items, bias_UN=batch.bias_UN)
         if local.proximal:
             # The slope of the pull at what moved. No row is left out: one that the loss does not read has not moved, and is not pulled.
             for moved in (*update.values(), *([] if items is None else [items])):

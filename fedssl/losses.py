@@ -24,8 +24,8 @@ def softmax_loss(hidden_UMD: Tensor, table: ItemTable, targets_UM: Tensor, weigh
     """Cross entropy of the targets among the table's candidates, weighted over positions. Shape: (U,).
 
     Where candidates were drawn (uniformly, without the user's own items), the table's bias scales their mass to that of
-    the whole catalogue (logQ correction), so that the loss estimates the full one. The target's own score is always in the sum.
-    ``weight_UM`` is 0 at padded positions.
+    all other items (logQ correction), so that the loss estimates the full one. The user's own items, the target among them, are
+    in the sum exactly: what was met before is pushed down as in the full loss. ``weight_UM`` is 0 at padded positions.
     Source: full softmax, e.g. Klenitskiy and Vasilev 2023, https://arxiv.org/abs/2309.07602; correction: Bengio and
     Senecal 2008, https://doi.org/10.1109/TNN.2007.912312.
     """
@@ -94,26 +94,22 @@ class _FullSoftmax(Function):
 class _SampledSoftmax(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, table: ItemTable, targets: Tensor, weight: Tensor) -> Tensor:
-        first = table.first_candidate
         assert table.bias_UN is not None
         slope_rows = torch.empty(hidden.shape[0], *table.rows_UKD.shape[1:], dtype=hidden.dtype)
-        slope_rows[:, :first].zero_()
-        candidates = table.rows_UKD[:, first:]
-        own = table.gather(targets)
-        right = (hidden * own).sum(-1)
+        slope_rows[:, 0].zero_()
+        candidates = table.rows_UKD[:, 1:]
         score = torch.baddbmm(table.bias_UN[:, None], hidden, candidates.transpose(1, 2))
-        top = torch.maximum(score.amax(-1), right)
+        # Padded positions have no target: theirs is the first column, and their weight 0.
+        right = score.gather(2, (targets - 1).clamp(min=0)[..., None])[..., 0]
+        top = score.amax(-1)
         score.sub_(top[..., None]).exp_()
-        mass_right = (right - top).exp()
-        mass = score.sum(-1) + mass_right
-        loss = (weight * (mass.log() + top - right)).sum(1)
-        factor = weight / mass
-        pull = (factor * mass_right - weight)[..., None]
-        score.mul_(factor[..., None])
-        slope_hidden = torch.baddbmm(own * pull, score, candidates)
-        torch.bmm(score.transpose(1, 2), hidden, out=slope_rows[:, first:])
+        mass = score.sum(-1)
+        loss = torch.where(weight > 0, weight * (mass.log() + top - right), 0.0).sum(1)
+        score.mul_((weight / mass)[..., None])
+        slope_hidden = torch.bmm(score, candidates).addcmul_(table.gather(targets), weight[..., None], value=-1.0)
+        torch.bmm(score.transpose(1, 2), hidden, out=slope_rows[:, 1:])
         ctx.table, ctx.slopes = table, (slope_hidden, slope_rows)
-        ctx.targets, ctx.slope_right = targets, hidden * pull
+        ctx.targets, ctx.slope_right = targets, hidden * -weight[..., None]
         return loss
 
     @staticmethod

@@ -54,4 +54,4 @@ def test_gathered_rows_have_no_slope():
 
 def test_a_table_ranks_all_where_no_candidates_were_drawn():
     assert ItemTable(rows()).ranks_all
-    assert not ItemTable(rows(), first_candidate=3, bias_UN=torch.zeros(U, 2)).ranks_all
+    assert not ItemTable(rows(), bias_UN=torch.zeros(U, K - 1)).ranks_all

@@ -404,13 +404,14 @@ def test_distinct_rows_name_what_the_views_named():
         assert rows_UK[user, first:][is_real_UN[user]].tolist() == sorted(set(drawn[0].candidates[user].tolist()) - own)
 
 
-def test_drawn_candidates_stand_for_all_items_that_are_not_the_users_own():
+def test_own_items_stand_for_themselves_and_drawn_candidates_for_all_others():
     batch = a_case(tasks=(SAMPLED,)).batch([0, 4])
     assert batch.rows_UK is not None and batch.bias_UN is not None
-    for user, own in enumerate([4, 0]):
-        real = batch.rows_UK[user, batch.first_candidate :] > 0
-        assert batch.bias_UN[user][~real].tolist() == [-math.inf] * int((~real).sum())
-        assert batch.bias_UN[user][real].tolist() == pytest.approx([math.log((ITEMS_IN_ALL - own) / int(real.sum()))] * int(real.sum()))
+    for rows, bias, own in zip(batch.rows_UK.tolist(), batch.bias_UN.tolist(), [4, 0], strict=True):
+        real = [(row, of) for row, of in zip(rows[1:], bias, strict=True) if row > 0]
+        assert all(of == -math.inf for row, of in zip(rows[1:], bias, strict=True) if row == 0)
+        assert [of for _, of in real[:own]] == [0.0] * own
+        assert [of for _, of in real[own:]] == pytest.approx([math.log((ITEMS_IN_ALL - own) / (len(real) - own))] * (len(real) - own))
 
 
 def test_positions_are_the_events_of_the_windows_that_have_a_next_one():

@@ -13,8 +13,8 @@ from fedssl.item_table import ItemTable
 from fedssl.losses import POSITIONS_AT_ONCE, info_nce, softmax_loss
 
 D, K = 4, 9
-FIRST = 5
-"""Column of the first candidate, where candidates were drawn."""
+OWN = 4
+"""Own items, in columns 1 to 4, where candidates were drawn: the columns after them."""
 INF = math.inf
 
 
@@ -45,13 +45,12 @@ def plain(hidden: Tensor, rows: Tensor, targets: Tensor, bias: Tensor | None) ->
     if bias is None:
         loss = F.cross_entropy(hidden[real] @ rows[1:].T, targets[real] - 1)
     else:
-        right = (hidden[real] * rows[targets[real]]).sum(-1, keepdim=True)
-        loss = F.cross_entropy(torch.cat([right, hidden[real] @ rows[FIRST:].T + bias], 1), torch.zeros(int(real.sum()), dtype=torch.long))
+        loss = F.cross_entropy(hidden[real] @ rows[1:].T + bias, targets[real] - 1)
     return (loss.detach(), *torch.autograd.grad(loss, (hidden, rows)))
 
 
 def assert_equals_torch(hidden: Tensor, rows: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, factor_U: Tensor) -> None:
-    table = ItemTable(rows, first_candidate=FIRST if bias is not None else 1, bias_UN=bias)
+    table = ItemTable(rows, bias_UN=bias)
     loss_U = softmax_loss(hidden, table, targets, weight)
     (slope,) = torch.autograd.grad((loss_U * factor_U).sum(), hidden)
     assert (table.finish()[:, 0] == 0).all()
@@ -80,19 +79,20 @@ def test_full_softmax_without_padding_equals_cross_entropy(positions: int):
 @pytest.mark.parametrize("rows_are_shared", [True, False], ids=["equal rows", "own rows"])
 @pytest.mark.parametrize("factor", WEIGHTS.values(), ids=WEIGHTS)
 @pytest.mark.parametrize("positions", [1, 7, POSITIONS_AT_ONCE + 1])
-def test_sampled_softmax_equals_cross_entropy_over_target_and_biased_candidates(positions: int, factor: list[float], rows_are_shared: bool):
-    bias = numbers(4, K - FIRST, seed=8)
-    # Filler; the second user's candidates are all filler, so only its target is left and nothing is learned.
-    bias[0, 2], bias[1] = -INF, -INF
-    assert_equals_torch(*setting(4, positions, rows_are_shared=rows_are_shared, high=FIRST), bias, torch.tensor(factor, dtype=torch.float64))
+def test_sampled_softmax_equals_cross_entropy_over_own_items_and_biased_candidates(positions: int, factor: list[float], rows_are_shared: bool):
+    bias = numbers(4, K - 1, seed=8)
+    bias[:, :OWN] = 0.0
+    # Filler; the second user's candidates are all filler, so only its own items are ranked.
+    bias[0, OWN + 2], bias[1, OWN:] = -INF, -INF
+    assert_equals_torch(*setting(4, positions, rows_are_shared=rows_are_shared, high=OWN + 1), bias, torch.tensor(factor, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("is_sampled", [True, False], ids=["sampled", "full"])
 def test_large_scores_neither_overflow_nor_lose_the_loss(is_sampled: bool):
-    bias = torch.zeros(2, K - FIRST, dtype=torch.float64) if is_sampled else None
-    assert_equals_torch(*setting(2, 6, scale=1e4, high=FIRST), bias, torch.ones(2, dtype=torch.float64))
-    hidden, rows, targets, weight = (x.float() if x.is_floating_point() else x for x in setting(2, 6, scale=1e4, high=FIRST))
-    table = ItemTable(rows, first_candidate=FIRST if is_sampled else 1, bias_UN=bias.float() if bias is not None else None)
+    bias = torch.zeros(2, K - 1, dtype=torch.float64) if is_sampled else None
+    assert_equals_torch(*setting(2, 6, scale=1e4, high=OWN + 1), bias, torch.ones(2, dtype=torch.float64))
+    hidden, rows, targets, weight = (x.float() if x.is_floating_point() else x for x in setting(2, 6, scale=1e4, high=OWN + 1))
+    table = ItemTable(rows, bias_UN=bias.float() if bias is not None else None)
     loss_U = softmax_loss(hidden.detach().requires_grad_(), table, targets, weight)
     loss_U.sum().backward()
     assert loss_U[0] > 1e3
@@ -101,12 +101,12 @@ def test_large_scores_neither_overflow_nor_lose_the_loss(is_sampled: bool):
 
 @pytest.mark.parametrize("is_sampled", [True, False], ids=["sampled", "full"])
 def test_a_user_whose_rows_are_nan_breaks_nobody_else(is_sampled: bool):
-    bias = torch.zeros(2, K - FIRST, dtype=torch.float64) if is_sampled else None
+    bias = torch.zeros(2, K - 1, dtype=torch.float64) if is_sampled else None
 
     def run(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden, _, targets, weight = setting(2, 6, high=FIRST)
+        hidden, _, targets, weight = setting(2, 6, high=OWN + 1)
         targets, weight = targets[[0, 0]], weight[[0, 0]]
-        table = ItemTable(rows, first_candidate=FIRST if is_sampled else 1, bias_UN=bias)
+        table = ItemTable(rows, bias_UN=bias)
         loss_U = softmax_loss(hidden, table, targets, weight)
         return loss_U[0], torch.autograd.grad(loss_U.sum(), hidden)[0][0], table.finish()[0]
 
@@ -124,14 +124,11 @@ def test_two_softmax_losses_at_one_table_add_their_slopes():
     torch.testing.assert_close(twice.finish(), 3 * once.finish())
 
 
-def test_the_correction_makes_the_sampled_loss_the_full_one_where_every_other_item_is_drawn():
-    """Eight items, the user's own one is the target: seven candidates, each standing for itself."""
-    rows = numbers(1, 9, D)
-    hidden = numbers(1, 1, D).requires_grad_()
-    one = torch.ones(1, 1, dtype=torch.float64)
-    table = torch.cat([rows[:, [0, 1]], rows[:, 2:]], 1)
-    sampled = softmax_loss(hidden, ItemTable(table, first_candidate=2, bias_UN=torch.zeros(1, 7, dtype=torch.float64)), torch.tensor([[1]]), one)
-    torch.testing.assert_close(sampled, softmax_loss(hidden, ItemTable(rows), torch.tensor([[1]]), one))
+def test_the_sampled_loss_is_the_full_one_where_every_other_item_is_drawn_once():
+    """Eight items, two of them the user's own: six candidates, each standing for itself."""
+    hidden, rows, targets, weight = setting(1, 5, high=3)
+    sampled = softmax_loss(hidden, ItemTable(rows, bias_UN=torch.zeros(1, K - 1, dtype=torch.float64)), targets, weight)
+    torch.testing.assert_close(sampled, softmax_loss(hidden, ItemTable(rows), targets, weight))
 
 
 def test_info_nce_by_hand():

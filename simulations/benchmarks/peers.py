@@ -88,11 +88,10 @@ def version(python: Path, package: str) -> str:
 
 def tensors_of(batch: Batch, place: int) -> UserTensors:
     """What one user of a batch reads, without the padding it shares with the others."""
-    assert batch.rows_UK is not None and batch.bias_UN is not None
-    rows_K, first = batch.rows_UK[place], batch.first_candidate
-    own_M = rows_K[1:first][rows_K[1:first] > 0]
-    candidates_N = rows_K[first:][batch.bias_UN[place].isfinite()]
+    assert batch.rows_UK is not None
     read_SL, target_SL = batch.sequences[0]["read"][place, :, 0], batch.sequences[0]["target"][place, :, 0]
+    rows_K, own = batch.rows_UK[place], 1 + int(torch.maximum(read_SL, target_SL).max())
+    own_M, candidates_N = rows_K[1:own], rows_K[own:][rows_K[own:] > 0]
     real = int((read_SL[0] > 0).sum())
     S = len(read_SL)
     return UserTensors(own_M.expand(S, -1), candidates_N.expand(S, -1), read_SL[:, -real:] - 1, target_SL[:, -real:] - 1)

@@ -82,7 +82,6 @@ def _as_one_user(batch: Batch) -> Batch:
         users_U=batch.users_U[:1],
         sequences=tuple(sequences),
         rows_UK=None,
-        first_candidate=1,
         bias_UN=None,
         positions_U=batch.positions_U.sum(keepdims=True),
     )

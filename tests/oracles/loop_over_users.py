@@ -117,7 +117,7 @@ def train_one_user(
                     # Only what was hidden is asked; the loss below takes one hidden state a target.
                     hidden["read"] = [h_LD[rows_L[-len(h_LD) :] > 0] for h_LD, rows_L in zip(hidden["read"], has_targets(named["target"]), strict=True)]
                 corrections = math.log((num_items - len(own)) / len(candidates)) if candidates else 0.0
-                loss = next_item(hidden["read"], targets, leaves[ITEMS], head, None if views.ranks_all else candidates, corrections)
+                loss = next_item(hidden["read"], targets, leaves[ITEMS], head, None if views.ranks_all else (own, candidates), corrections)
             if loss is not None:
                 losses.append(config.weight * loss)
         if step == 0:
@@ -161,19 +161,19 @@ def has_targets(target_BL: Tensor) -> list[Tensor]:
 
 
 def next_item(
-    hidden: list[Tensor], targets: list[Tensor], table_ID: Tensor, head_D: Tensor | None, candidates: list[int] | None, correction: float
+    hidden: list[Tensor], targets: list[Tensor], table_ID: Tensor, head_D: Tensor | None, ranked: tuple[list[int], list[int]] | None, correction: float
 ) -> Tensor | None:
-    """Mean cross entropy over all targets: among rows 1 .. I, or among the target and the candidates."""
+    """Mean cross entropy over all targets: among rows 1 .. I, or among the user's own and the candidates."""
     if not hidden:
         return None
     hidden_MD, targets_M = torch.cat(hidden), torch.cat([rows for rows in targets if len(rows)])
     if head_D is not None:
         hidden_MD = hidden_MD + head_D
-    if candidates is None:
+    if ranked is None:
         return F.cross_entropy(hidden_MD @ table_ID[1:].T, targets_M - 1)
-    right_M1 = (hidden_MD * table_ID[targets_M]).sum(1, keepdim=True)
-    scores = torch.cat([right_M1, hidden_MD @ table_ID[candidates].T + correction], 1)
-    return F.cross_entropy(scores, torch.zeros(len(targets_M), dtype=torch.long))
+    own, candidates = ranked
+    scores = torch.cat([hidden_MD @ table_ID[own].T, hidden_MD @ table_ID[candidates].T + correction], 1)
+    return F.cross_entropy(scores, torch.tensor([own.index(target) for target in targets_M.tolist()]))
 
 
 def contrast(hidden: Mapping[str, list[Tensor]], config: TaskConfig) -> Tensor | None:

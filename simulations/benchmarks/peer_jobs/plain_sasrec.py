@@ -40,7 +40,7 @@ class PlainSASRec(nn.Module):
             self.register_parameter(name.replace(".", "-"), nn.Parameter(leaf.clone()))
 
     def loss(self, own_1M: Tensor, candidates_1N: Tensor, read_1L: Tensor, target_1L: Tensor) -> Tensor:
-        """Mean cross entropy over positions: of the next item among itself and the candidates, which stand for all items but the user's own.
+        """Mean cross entropy over positions: of the next item among the user's own and the candidates, which stand for all others.
 
         ``own`` are the distinct catalogue rows of the user's windows, ``candidates`` distinct rows that are none of them; ``read`` and ``target``
         are places in ``own``. The leading axis is one local step.
@@ -49,6 +49,6 @@ class PlainSASRec(nn.Module):
         M, N = own_1M.shape[1], candidates_1N.shape[1]
         rows_KD = F.embedding(torch.cat([own_1M[0], candidates_1N[0]]), weights["items"])
         hidden_LD = encode(weights, F.embedding(read_1L, rows_KD), self.heads, self.blocks)[0]
-        right_L1 = (hidden_LD * F.embedding(target_1L[0], rows_KD)).sum(-1, keepdim=True)
-        wrong_LN = hidden_LD @ rows_KD[M:].T + math.log((self.num_items - M) / N)
-        return F.cross_entropy(torch.cat([right_L1, wrong_LN], -1), torch.zeros(len(hidden_LD), dtype=torch.long))
+        bias_K = torch.zeros(M + N)
+        bias_K[M:] = math.log((self.num_items - M) / N)
+        return F.cross_entropy(hidden_LD @ rows_KD.T + bias_K, target_1L[0])
