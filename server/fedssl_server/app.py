@@ -22,6 +22,7 @@ from fedssl import wire
 from fedssl.errors import ConfigError, FedSSLError, RunFolderError, WireError
 from fedssl.recipe import RECIPE_FORMAT
 from fedssl.run_lock import held
+from fedssl_server.at_work import at_work
 from fedssl_server.run_settings import HALT
 
 app = ServerApp()
@@ -41,17 +42,8 @@ def main(grid: Grid, context: Context) -> None:
     """Run, or resume, the run of the folder in the environment. A FedSSLError is one clear line, and the run fails."""
     try:
         folder = run_folder()
-        expected, seconds = int(_number("FEDSSL_NODES", 1)), _number("FEDSSL_NODES_SECONDS", 300)
-        waits = _waits()
-        nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds)
-        print(f"{len(nodes)} nodes host {sum(len(hello.users) for hello in nodes.values())} users", flush=True)
-
-        # Torch is paid for only now.
-        from fedssl_server.serve import serve
-
-        with held(folder):
-            users = {node: hello.users for node, hello in nodes.items()}
-            serve(grid, users, folder, **waits, should_stop=(folder / HALT).exists)
+        with at_work(folder):
+            _serve(grid, folder)
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise
@@ -106,6 +98,20 @@ def say_hello(grid: Grid, nodes: Iterable[int], seconds: float) -> dict[int, wir
             raise FedSSLError(f"nodes {sorted(asked[name] for name in waiting)} did not say hello within {seconds:.0f} s; are their flower-superexecs running?")
         time.sleep(0.1 if waiting else 0)
     return {node: answers[node] for node in asked.values()}
+
+
+def _serve(grid: Grid, folder: Path) -> None:
+    expected, seconds = int(_number("FEDSSL_NODES", 1)), _number("FEDSSL_NODES_SECONDS", 300)
+    waits = _waits()
+    nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds)
+    print(f"{len(nodes)} nodes host {sum(len(hello.users) for hello in nodes.values())} users", flush=True)
+
+    # Torch is paid for only now.
+    from fedssl_server.serve import serve
+
+    with held(folder):
+        users = {node: hello.users for node, hello in nodes.items()}
+        serve(grid, users, folder, **waits, should_stop=(folder / HALT).exists)
 
 
 def _waits() -> Waits:

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -105,8 +106,16 @@ class Link:
             raise FedSSLError(f"{app}: no Flower app there; it ships inside the package fedssl_server, so install fedssl again")
         return str(self.ask("run", str(app))["run-id"])
 
-    def follow(self, number: str, processes: Processes, *, seconds: float | None = None, log_name: str = "serverapp") -> Outcome:
-        """Wait for the end of a run. Raises FedSSLError when a process dies, or time is up."""
+    def follow(
+        self,
+        number: str,
+        processes: Processes,
+        *,
+        seconds: float | None = None,
+        log_name: str = "serverapp",
+        is_lost: Callable[[], bool] = lambda: False,
+    ) -> Outcome:
+        """Wait for the end of a run. Raises FedSSLError when a process dies, ``is_lost`` says that the ServerApp has died, or time is up."""
         start = time.monotonic()
         # One process follows the run's log to its end, instead of asking again and again: each `flwr` costs a second of a core.
         path = processes.logs / f"{log_name}.log"
@@ -124,6 +133,8 @@ class Link:
         try:
             while follower.poll() is None:
                 processes.check()
+                if is_lost():
+                    raise FedSSLError(f"the ServerApp of run {number} has died; its log: {path}")
                 if seconds is not None and time.monotonic() - start > seconds:
                     end = "\n".join(said().splitlines()[-20:])
                     raise FedSSLError(f"run {number} has not ended after {seconds:.0f} s\n{end}")

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from fedssl.checkpoints import list_checkpoints
 from fedssl.disk import write_whole, writing
 from fedssl.errors import FedSSLError, RunFolderError
 from fedssl.run_lock import held
+from fedssl_server.at_work import forget_the_dead, has_died
 from fedssl_server.link import Link
 from fedssl_server.processes import Processes
 from fedssl_server.run_settings import HALT, read_settings
 from fedssl_server.server_folder import CURRENT
 
-LONGEST_PAUSE_SECONDS, STEADY_SECONDS, KEYS_SECONDS, STOP_SECONDS = 30.0, 60.0, 5.0, 20.0
-"""Between two starts of a process at most; after so long it is no start that failed; between two looks for new keys; for processes to end."""
+LONGEST_PAUSE_SECONDS, STEADY_SECONDS, KEYS_SECONDS, STOP_SECONDS, DEAD_SECONDS = 30.0, 60.0, 5.0, 20.0, 0.5
+"""Between two starts of a process at most; after so long it is no start that failed; between two looks for new keys; for processes to end; a ServerApp without
+its lock is dead."""
 
 
 def keep_up(link: Link, say: Callable[[str], None]) -> None:
@@ -98,6 +100,8 @@ def run_to_end(link: Link, folder: Path, say: Callable[[str], None]) -> str:
     (folder / HALT).unlink(missing_ok=True)
     failures = 0
     with held(link.folder, "run.lock"), _stopped_by_signals():
+        # Of a `run` that was killed here before: its nodes would go on with questions that nobody waits for.
+        _give_up(link)
         while True:
             before = _newest(folder)
             processes = link.processes()
@@ -105,7 +109,7 @@ def run_to_end(link: Link, folder: Path, say: Callable[[str], None]) -> str:
                 outcome, status = _once(link, folder, processes, say)
             finally:
                 processes.end(STOP_SECONDS)
-                (link.folder / CURRENT).unlink(missing_ok=True)
+                _give_up(link)
             if status == "finished:completed":
                 return "halted" if (folder / HALT).exists() else "done"
             if status == "finished:stopped":
@@ -125,16 +129,41 @@ def _once(link: Link, folder: Path, processes: Processes, say: Callable[[str], N
     log = ""
     try:
         processes.wait_for_port(link.settings.listen.port, link.settings.rounds.nodes_seconds, host=link.settings.listen.name)
+        forget_the_dead(folder)
         link.start_superexec(processes, folder)
         number = link.submit()
         write_whole(link.folder / CURRENT, json.dumps({"folder": str(folder.resolve()), "flower_run": number}))
         say(f"Flower run {number}")
-        outcome = link.follow(number, processes)
+        outcome = link.follow(number, processes, is_lost=_watch(folder))
         log = outcome.log
+        (link.folder / CURRENT).unlink(missing_ok=True)
         return log, outcome.status
     except FedSSLError as error:
         say(f"lost: {str(error).splitlines()[0]}")
         return log, "lost"
+
+
+def _watch(folder: Path) -> Callable[[], bool]:
+    """Whether the ServerApp of this folder has died, as two looks say that are a moment apart."""
+    seen: list[float] = []
+
+    def is_lost() -> bool:
+        if not has_died(folder):
+            seen.clear()
+            return False
+        seen.append(time.monotonic())
+        return seen[-1] - seen[0] > DEAD_SECONDS
+
+    return is_lost
+
+
+def _give_up(link: Link) -> None:
+    """End the Flower run that is followed no longer, if there is one, where the SuperLink can be asked: after its restart that run is over by itself."""
+    found = current_run(link)
+    if found is not None:
+        with suppress(FedSSLError):
+            link.stop(str(found["flower_run"]))
+        (link.folder / CURRENT).unlink(missing_ok=True)
 
 
 def current_run(link: Link) -> dict[str, Any] | None:

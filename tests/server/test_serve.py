@@ -14,7 +14,7 @@ from fedssl_simulations.grids import InProcessGrid, handler_of
 from flwr.app import Context, Message, RecordDict
 
 from fedssl import wire
-from fedssl.catalogue import write_catalogue
+from fedssl.catalogue import Catalogue, write_catalogue
 from fedssl.client_round import Shard
 from fedssl.data.histories import make_histories, take_users
 from fedssl.data.synthetic import synthesize
@@ -96,6 +96,27 @@ def test_settings_that_changed_since_the_checkpoint_are_refused(tmp_path: Path):
     (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("lags = 1", "lags = 2"))
     with pytest.raises(CheckpointError, match="made by another recipe"):
         play(folder)
+
+
+def test_a_catalogue_that_grew_is_another_run(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    play(folder, rounds=1)
+    write_catalogue(Catalogue((*CATALOGUE.tokens, "new")), folder / "catalogue.jsonl")
+    with pytest.raises(CheckpointError, match="made by another recipe than"):
+        play(folder)
+
+
+def test_a_run_has_one_name_also_where_it_ends_before_its_first_checkpoint(tmp_path: Path):
+    folder = run_folder(tmp_path / "run")
+    play(folder, rounds=0)
+    assert not (folder / "checkpoints").exists()
+    name = (folder / "name").read_text()
+    play(folder)
+    (newest,) = (folder / "checkpoints").iterdir()
+    assert json.loads((newest / "state.json").read_text())["run"] == name
+    other = run_folder(tmp_path / "other")
+    play(other, rounds=0)
+    assert (other / "name").read_text() != name
 
 
 def test_patience_is_refused_where_nobody_validates(tmp_path: Path):
