@@ -1,4 +1,4 @@
-"""Does the contrastive task teach a client with one history? Its gradient beside that of the next item, user by user."""
+"""Does a task teach, and what? How encodings lie, and the contrastive gradient beside that of the next item, user by user."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedssl.collapse import Spread, effective_rank, spread
 from fedssl.config import TaskConfig
 from fedssl.data.histories import Histories
 from fedssl.local_training import make_batch, train_users
@@ -15,9 +16,19 @@ from fedssl.privacy.clipping import squared_norms
 from fedssl.recipe import Recipe
 from fedssl.recommender import Recommender
 from fedssl.tasks.contrastive import FORM, NEGATIVES
-from fedssl.weights import Weights
+from fedssl.weights import ITEMS, Weights
 
 USERS = 512
+
+
+def spread_now(recipe: Recipe, weights: Weights, histories: Histories, users: np.ndarray[Any, Any]) -> Spread | None:
+    """How the encodings of up to 512 of the users lie, each of what came before the validation target; None where fewer than two are finite."""
+    places = histories.target_places("validation")
+    users = users[places[users] >= 0][:USERS]
+    encoded = Recommender(recipe, weights).encode([histories.items[histories.cuts[user] : places[user]] for user in users])
+    following = weights[ITEMS][torch.from_numpy(histories.items[places[users]].astype(np.int64))]
+    is_finite = encoded.isfinite().all(1) & following.isfinite().all(1)
+    return spread(encoded[is_finite], following[is_finite]) if is_finite.sum() > 1 else None
 
 
 def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> dict[str, Any] | None:
@@ -25,8 +36,7 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
 
     `nonzero_share`: users whose contrastive gradient is not 0. `gradient_ratio`: median over users of its norm over that of
     the next item's (the masked item's, where the encoder reads both ways), both at weight 1. `effective_rank`: of the encodings of full
-    histories (exponential of the entropy of their normalised singular values: Roy and Vetterli 2007, https://doi.org/10.5281/zenodo.40571),
-    out of `width`.
+    histories (`fedssl.collapse`), out of `width`.
     """
     contrast = next((task for task in recipe.task if task.name == "contrastive"), None)
     if contrast is None:
@@ -66,10 +76,3 @@ def gradient_norms(recipe: Recipe, weights: Weights, histories: Histories, users
         total = sum((squared_norms(leaf.flatten(1)) for leaf in trained.update.values()), squared_norms(trained.items.flatten(1)))
         norms.append(total.sqrt().numpy())
     return np.concatenate(norms)
-
-
-def effective_rank(encodings_ND: torch.Tensor) -> float:
-    """Exponential of the entropy of the normalised singular values of centred encodings."""
-    values = torch.linalg.svdvals(encodings_ND - encodings_ND.mean(0))
-    share = values / values.sum().clamp(min=1e-12)
-    return float(torch.exp(-(share * share.clamp(min=1e-12).log()).sum()))

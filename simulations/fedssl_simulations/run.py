@@ -28,6 +28,7 @@ import fedssl
 from fedssl import seeds
 from fedssl.checkpoints import Checkpoint, name_of, name_of_round, newest_checkpoint, read_checkpoint, tidy_checkpoints
 from fedssl.client_round import Notes, Shard
+from fedssl.collapse import Spread
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.histories import Histories, take_users
@@ -46,7 +47,7 @@ from fedssl.recommender import Recommender
 from fedssl.round_lines import append_line, cut_back, read_lines
 from fedssl.server_round import State, first_state, phases_of
 from fedssl.workers import Workers
-from fedssl_simulations.diagnostics import contrast_facts
+from fedssl_simulations.diagnostics import contrast_facts, spread_now
 from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run_files import read_written_run, write_run
@@ -201,6 +202,8 @@ def _simulate(
             validation = evaluate(model, histories, "validation", users=sample(), ks=config.evaluation.ks).summary()
             if patience:
                 seen.append((facts.round, validation["unseen"]["ndcg@10"]))
+        is_looked_at = facts.phase == "training" and (is_last or (every and facts.round % every == 0))
+        encodings = spread_now(recipe, state.released(recipe), histories, sample()) if is_looked_at else None
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
             folder / "metrics.jsonl",
@@ -209,6 +212,7 @@ def _simulate(
                 shards,
                 validation,
                 epsilon,
+                encodings,
                 plan_cohort=None if plan is None else plan.expected_cohort(facts.phase) if facts.phase != "distillation" else 0.0,
                 fleet_users=config.privacy.fleet_users,
             ),
@@ -413,7 +417,14 @@ def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:
 
 
 def _metrics_line(
-    facts: RoundFacts, shards: dict[int, Shard], validation: dict[str, Any] | None, epsilon: float | None, *, plan_cohort: float | None, fleet_users: int
+    facts: RoundFacts,
+    shards: dict[int, Shard],
+    validation: dict[str, Any] | None,
+    epsilon: float | None,
+    encodings: Spread | None,
+    *,
+    plan_cohort: float | None,
+    fleet_users: int,
 ) -> dict[str, Any]:
     """A round as one JSON object; under a plan what was not released through it is for the researcher only."""
     norms = np.concatenate([shard.notes.norms_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
@@ -425,6 +436,8 @@ def _metrics_line(
     seen["broken_users"] = sum(shard.notes.broken_users for shard in shards.values())
     if validation is not None:
         seen["validation"] = validation
+    if encodings is not None:
+        seen["encodings"] = {**encodings._asdict(), "is_collapsed": encodings.is_collapsed}
     line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
     if fleet_users:
         line["fleet_users"] = fleet_users

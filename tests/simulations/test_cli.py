@@ -35,6 +35,20 @@ def test_a_run_leaves_every_file_that_is_promised(tiny: Path):
     assert report["cost"]["rounds"] == 3
 
 
+def test_a_collapsed_encoder_is_warned_of_and_a_healthy_one_is_not(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    deaf = "from fedssl.encoders import Encoder\nfrom torch import ones, ones_like\n\n\ndef deaf(config):\n"
+    deaf += "    encode = lambda weights, rows, padding, masks: ones_like(rows) * weights['all'][:, None, None]\n"
+    deaf += "    return Encoder(lambda rng: {'all': ones(config.width)}, encode, 0)\n"
+    (tmp_path / "deaf.py").write_text(deaf)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, is_warned in (("sasrec", False), ("deaf:deaf", True)):
+        capsys.readouterr()
+        assert fedssl("simulate", tiny / "run.toml", "--set", f"encoder.name={name}", "--out", tmp_path / name[:4]) == 0
+        assert ("encodings have collapsed: after round 3 they fill 1.0 of 8 directions" in capsys.readouterr().out) is is_warned
+
+
 def test_evaluate_prints_the_numbers_of_the_report(tiny: Path, capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
     assert fedssl("evaluate", checkpoint(tiny), tiny / "run.toml", "--json") == 0

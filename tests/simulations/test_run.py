@@ -94,6 +94,8 @@ def test_metrics_have_a_line_a_round_and_validations_between(whole: Run):
     lines = read_lines(whole.folder / "metrics.jsonl")
     assert [(line["phase"], line["round"]) for line in lines] == [("counts", 1), *(("training", number) for number in range(1, 6))]
     assert [line["round"] for line in lines if "validation" in line] == [2, 4]
+    assert [line["round"] for line in lines if "encodings" in line] == [2, 4, 5]
+    assert all(1 <= line["encodings"]["effective_rank"] <= line["encodings"]["width"] for line in lines if "encodings" in line)
     assert all(line["users"] == 12 and np.isfinite(line["loss"]) for line in lines[1:])
     assert whole.metrics["round"].tolist() == [1, 1, 2, 3, 4, 5]
 

@@ -139,7 +139,15 @@ def _finish(run: Run, as_json: bool) -> None:
             f"  users with a non-zero contrastive gradient: {contrast['nonzero_share']:.1%} of {contrast['users']}; "
             f"norm over the next item's: {ratio}; effective rank {contrast['effective_rank']:.1f} of {contrast['width']}"
         )
-    broken = sum(line.get("researcher_only", line).get("broken_users", 0) for line in read_lines(run.folder / "metrics.jsonl"))
+    lines = [line.get("researcher_only", line) | {"round": line["round"]} for line in read_lines(run.folder / "metrics.jsonl")]
+    collapsed = [line for line in lines if "encodings" in line and line["encodings"]["is_collapsed"]]
+    if collapsed:
+        now = collapsed[-1]["encodings"]
+        typer.echo(
+            f"warning: encodings have collapsed: after round {collapsed[-1]['round']} they fill {now['effective_rank']:.1f} of {now['width']} directions, "
+            "so all histories read alike; try a smaller server.lr, or a smaller weight of tasks beside next-item"
+        )
+    broken = sum(line.get("broken_users", 0) for line in lines)
     if broken:
         typer.echo(f"warning: {broken} updates were broken (nan, inf, beyond the grid) and counted as zero; try a larger local.grid_step or a smaller local.lr")
     if run.report["privacy"] is not None:
