@@ -93,6 +93,7 @@ def flower_environment(home: Path, extra: Mapping[str, str] | None = None) -> di
     """The environment of Flower's processes: nothing is sent to anybody, nothing is installed; ``home``: where `flwr` keeps its own."""
     scripts = sysconfig.get_path("scripts")
     return {
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",  # Twenty questions a second: who has many devices on one machine says more in the environment.
         **os.environ,
         # A SuperExec starts `flwr-serverapp` and `flwr-clientapp` by name.
         "PATH": os.pathsep.join([scripts, str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
@@ -100,7 +101,6 @@ def flower_environment(home: Path, extra: Mapping[str, str] | None = None) -> di
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.05",
         "PYTHONUNBUFFERED": "1",
         **(extra or {}),
     }
