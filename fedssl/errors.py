@@ -27,7 +27,11 @@ class CheckpointError(FedSSLError):
 
 
 class WireError(FedSSLError):
-    """A record that came over the wire cannot be read: another format number, missing parts, wrong shapes."""
+    """A record that came over the wire cannot be read: another format number, missing parts, wrong shapes. ``kind``: as of UploadRefused."""
+
+    def __init__(self, message: str, kind: str = "form") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class UploadRefused(FedSSLError):

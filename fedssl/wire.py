@@ -266,7 +266,7 @@ def _read_header(header: object, wanted: Kind) -> Mapping[str, Any]:
     number, kind = values["format"], values.get("kind")
     if number != WIRE_FORMAT:
         advice = "install the fedssl that wrote it" if number > WIRE_FORMAT else "the sender's fedssl is too old, upgrade it"
-        raise WireError(f"{wanted}: wire format {number}, this version reads {WIRE_FORMAT}; {advice}")
+        raise WireError(f"{wanted}: wire format {number}, this version reads {WIRE_FORMAT}; {advice}", "version")
     if kind != wanted:
         raise WireError(f"{wanted}: came a record of kind {_quote(kind)}; server and node mix up who sends what")
     return values

@@ -4,6 +4,7 @@ Refused is whatever answers another exchange or recipe, and whatever the closed 
 other shapes or dtypes (so nan), sums longer than the users that were asked can make them. What is refused is counted by kind:
 
 - exchange: the answer to another exchange: late, or played again; recipe: to another recipe
+- version: another format number, of an older fedssl or a newer one
 - names: sums that were not declared, or not all of them; form: another layout, type or shape, or no upload at all
 - coordinates, norm: larger than the users asked of that node can make
 - failed: the node says that it failed; missing: not reached, or no answer before the deadline

@@ -3,7 +3,8 @@
 Everything is read from this process's environment, never from the run config, which reaches every node:
 ``FEDSSL_RUN_DIR`` (the run folder), ``FEDSSL_NODES`` (nodes to wait for, default 1), ``FEDSSL_NODES_SECONDS`` (how long, default
 300), ``FEDSSL_ROUND_SECONDS`` (how long a round waits for uploads, default 3600), ``FEDSSL_RECONNECT_SECONDS`` (for a node that dropped out, default
-0), ``FEDSSL_LEAST_FRACTION`` (of the asked nodes, default 0) and ``FEDSSL_WHEN_FEWER`` (stop or continue, default stop).
+0), ``FEDSSL_LEAST_FRACTION`` (of the asked nodes, default 0), ``FEDSSL_WHEN_FEWER`` (stop or continue, default stop), ``FEDSSL_USERS`` (their numbers
+are below it) and ``FEDSSL_USERS_OF_A_NODE`` (the most; both default 0: as the nodes say).
 """
 
 from __future__ import annotations
@@ -29,12 +30,14 @@ app = ServerApp()
 
 
 class Waits(TypedDict):
-    """What `fedssl_server.serve.serve` is told of nodes that are late or drop out."""
+    """What `fedssl_server.serve.serve` is told of nodes that are late or drop out, and of whom it may take."""
 
     deadline_seconds: float
     reconnect_seconds: float
     least_fraction: float
     goes_on: bool
+    num_users: int
+    most_users: int
 
 
 @app.main()
@@ -71,39 +74,47 @@ def wait_for_nodes(grid: Grid, expected: int, seconds: float) -> list[int]:
     return nodes
 
 
-def say_hello(grid: Grid, nodes: Iterable[int], seconds: float) -> dict[int, wire.Hello]:
+def say_hello(grid: Grid, nodes: Iterable[int], seconds: float, *, at_least: int | None = None) -> dict[int, wire.Hello]:
     """What each node says of itself, in the order of ``nodes``.
 
-    Raises FedSSLError where one does not answer within ``seconds``, fails, or speaks another format.
+    A node that fails, speaks another format or is silent for ``seconds`` is left out, and said. Raises WireError where fewer than ``at_least``
+    (None: all) are left.
     """
     messages = [Message(RecordDict(), node, "query.hello", ttl=seconds, group_id="hello") for node in nodes]
     asked = {str(name): message.metadata.dst_node_id for name, message in zip(grid.push_messages(messages), messages, strict=True)}
-    waiting, answers = set(asked), {}
+    waiting, answers, wrong = set(asked), {}, {}
     deadline = time.monotonic() + seconds
-    while waiting:
+    while waiting and time.monotonic() < deadline:
         for reply in grid.pull_messages(waiting):
             name = reply.metadata.reply_to_message_id
             waiting.discard(name)
-            if reply.has_error():
-                raise FedSSLError(f"node {asked[name]} does not say hello: {reply.error.reason}")
             try:
-                answers[asked[name]] = hello = wire.hello_from_record_dict(reply.content)
+                answers[asked[name]] = _hello(reply)
             except WireError as error:
-                raise WireError(f"node {asked[name]}: {error}") from None
-            if RECIPE_FORMAT not in hello.recipe_formats:
-                raise WireError(
-                    f"node {asked[name]} (fedssl {hello.version}) reads recipe formats {hello.recipe_formats}, not {RECIPE_FORMAT}; install one fedssl on both"
-                )
-        if waiting and time.monotonic() > deadline:
-            raise FedSSLError(f"nodes {sorted(asked[name] for name in waiting)} did not say hello within {seconds:.0f} s; are their flower-superexecs running?")
+                wrong[asked[name]] = str(error)
         time.sleep(0.1 if waiting else 0)
-    return {node: answers[node] for node in asked.values()}
+    wrong |= {asked[name]: f"did not say hello within {seconds:.0f} s; is its flower-superexec running?" for name in waiting}
+    for node, why in wrong.items():
+        print(f"node {node} is left out: {why}", flush=True)
+    if len(answers) < (len(asked) if at_least is None else at_least):
+        node, why = next(iter(wrong.items()))
+        raise WireError(f"{len(answers)} of {len(asked)} nodes can take part; node {node} {why}")
+    return {node: answers[node] for node in asked.values() if node in answers}
+
+
+def _hello(reply: Message) -> wire.Hello:
+    if reply.has_error():
+        raise WireError(f"does not say hello: {' '.join(str(reply.error.reason).split())[:500]}")
+    hello = wire.hello_from_record_dict(reply.content)
+    if RECIPE_FORMAT not in hello.recipe_formats:
+        raise WireError(f"(fedssl {hello.version}) reads recipe formats {hello.recipe_formats}, not {RECIPE_FORMAT}; install one fedssl on both", "version")
+    return hello
 
 
 def _serve(grid: Grid, folder: Path) -> None:
     expected, seconds = int(_number("FEDSSL_NODES", 1)), _number("FEDSSL_NODES_SECONDS", 300)
     waits = _waits()
-    nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds)
+    nodes = say_hello(grid, wait_for_nodes(grid, expected, seconds), seconds, at_least=expected)
     print(f"{len(nodes)} nodes host {sum(len(hello.users) for hello in nodes.values())} users", flush=True)
 
     # Torch is paid for only now.
@@ -115,7 +126,7 @@ def _serve(grid: Grid, folder: Path) -> None:
 
 
 def _waits() -> Waits:
-    """How long a round waits, and what it needs, as the environment says."""
+    """How long a round waits, what it needs and of whom, as the environment says."""
     fraction, fewer = _number("FEDSSL_LEAST_FRACTION", 0, may_be_0=True), os.environ.get("FEDSSL_WHEN_FEWER", "stop")
     if fraction > 1 or fewer not in ("stop", "continue"):
         raise ConfigError(f"FEDSSL_LEAST_FRACTION={fraction:g}, FEDSSL_WHEN_FEWER={fewer}: wanted a number from 0 to 1, and stop or continue")
@@ -124,6 +135,8 @@ def _waits() -> Waits:
         "reconnect_seconds": _number("FEDSSL_RECONNECT_SECONDS", 0, may_be_0=True),
         "least_fraction": fraction,
         "goes_on": fewer == "continue",
+        "num_users": int(_number("FEDSSL_USERS", 0, may_be_0=True)),
+        "most_users": int(_number("FEDSSL_USERS_OF_A_NODE", 0, may_be_0=True)),
     }
 
 

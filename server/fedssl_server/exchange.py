@@ -28,7 +28,7 @@ from fedssl_server.admission import admit
 REPLIES_AT_ONCE = 4
 """Replies asked for in one pull: a deployed Grid downloads all that are ready into a list."""
 MOST_WORDS = 500
-"""Characters that are kept of what a node says about its failure."""
+"""Characters that are kept of why an answer was refused: a node may have chosen them."""
 SHORTEST_PULL_SECONDS, PAUSE_SECONDS, LOOK_SECONDS = 0.045, 0.2, 2.0
 """A pull that found nothing sooner than the first is followed by a pause, so that the loop does not spin; between two looks for who is there."""
 LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.CLIENT_APP_CRASHED, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
@@ -88,8 +88,8 @@ def ask(grid: Grid, download: Download, asked: Mapping[int, Asked], declared: Ma
             upload = _upload_of(reply)
             admit(upload, address=download.address, recipe=download.recipe.hash, declared=declared, most_users=most_users)
         except (UploadRefused, WireError) as error:
-            answers.refused[node] = str(error)
-            answers.kinds[error.kind if isinstance(error, UploadRefused) else "form"] += 1
+            answers.refused[node] = _in_short(error)
+            answers.kinds[error.kind] += 1
             continue
         answers.upload_bytes += _bytes_of(upload)
         add(answers.sums, upload)
@@ -168,15 +168,15 @@ def _is_lost(reply: Message) -> bool:
 
 def _upload_of(reply: Message) -> Upload:
     if _is_lost(reply):
-        raise UploadRefused(f"not reached: {_one_line(reply)}", "missing")
+        raise UploadRefused(f"not reached: {reply.error.reason}", "missing")
     if reply.has_error():
-        raise UploadRefused(f"the node failed: {_one_line(reply)}", "failed")
+        raise UploadRefused(f"the node failed: {reply.error.reason}", "failed")
     return wire.upload_from_record_dict(reply.content)
 
 
-def _one_line(reply: Message) -> str:
-    """A node's own words: short, and on one line."""
-    return " ".join(str(reply.error.reason).split())[:MOST_WORDS]
+def _in_short(error: Exception) -> str:
+    """On one line, cut off."""
+    return " ".join(str(error)[: 2 * MOST_WORDS].split())[:MOST_WORDS]
 
 
 def _bytes_of(upload: Upload) -> int:

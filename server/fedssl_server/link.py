@@ -77,7 +77,7 @@ class Link:
 
     def start_superexec(self, processes: Processes, run: Path) -> None:
         """Start what runs the ServerApp. The run folder reaches it through its process alone: a run config would go to every node."""
-        extra = {"FEDSSL_RUN_DIR": str(run.resolve()), **self.settings.rounds.environment}
+        extra = {"FEDSSL_RUN_DIR": str(run.resolve()), **self.settings.environment}
         guards = ["--root-certificates", str(self.ca), "--superexec-auth-secret-file", str(self.folder / SECRET)]
         command = [program("flower-superexec"), *guards, "--parent-pid", str(os.getpid()), "--runtime-api-address", self.address]
         processes.start("superexec", command, extra)

@@ -25,6 +25,7 @@ from fedssl.privacy.plan import Plan, make_plan
 from fedssl.recipe import make_recipe
 from fedssl.round_lines import append_line, cut_back
 from fedssl.server_round import State, first_state, phases_of
+from fedssl_server.nodes import take_nodes
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
 from fedssl_server.run_settings import read_settings
 
@@ -38,12 +39,15 @@ def serve(
     reconnect_seconds: float = 0.0,
     least_fraction: float = 0.0,
     goes_on: bool = False,
+    num_users: int = 0,
+    most_users: int = 0,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Run what is left of the run in ``folder`` and return where it stands then.
 
     ``users_of_node``: the stable numbers of the users each node hosts. ``deadline_seconds``: how long a round waits; None: for all.
     ``reconnect_seconds``, ``least_fraction``, ``goes_on``: of nodes that drop out (`exchange.Patience`, `rounds.Run`).
+    ``num_users``, ``most_users``: whom the run takes (`nodes.take_nodes`).
 
     Guarantees:
       - stopped at any moment and called again, the weights are those of a run that was never stopped (without a plan, or
@@ -51,11 +55,14 @@ def serve(
       - a checkpoint every ``[system] checkpoint_every`` rounds or ``checkpoint_seconds``, whichever is first, after the last
         round, and under a plan after each.
 
-    Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings.
+    Raises RunFolderError or CheckpointError where the folder is not one run's; ConfigError for its settings; WireError where no node is left.
     """
     config, catalogue = read_settings(folder / "run.toml"), read_catalogue(folder / "catalogue.jsonl")
-    num_users = 1 + max((int(users.max(initial=-1)) for users in users_of_node.values()), default=-1)
-    node_ids, owner_U = owners(users_of_node, num_users)
+    taken, left_out = take_nodes(users_of_node, num_users=num_users, most_users=most_users)
+    for node, why in left_out.items():
+        print(f"node {node} is left out: {why}", flush=True)
+    num_users = num_users or 1 + max(int(users[-1]) for users in taken.values())
+    node_ids, owner_U = owners(taken, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users, local=config.local)
     central = None if config.privacy.is_local else plan
     told = plan.told_to_nodes(config.privacy) if plan is not None else None

@@ -60,9 +60,15 @@ class Tls(_Section):
 
 
 class Nodes(_Section):
-    """The folder with the public keys of the nodes that may join."""
+    """The folder with the public keys of the nodes that may join, and what they may say of themselves.
+
+    ``most_users``: so many users one node may host, and so its sums may be as long as theirs; 0: as many as it says. ``users``: they have the
+    numbers 0 to ``users`` - 1; 0: up to the highest that a node says.
+    """
 
     keys: str = "nodes"
+    most_users: int = Field(default=0, ge=0)
+    users: int = Field(default=0, ge=0, lt=2**31)
 
 
 class Rounds(_Section):
@@ -90,7 +96,7 @@ class Rounds(_Section):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the ServerApp is told of it, which reads its environment alone."""
+        """That part of `ServerSettings.environment`."""
         return {
             "FEDSSL_NODES": str(self.nodes),
             "FEDSSL_NODES_SECONDS": str(self.nodes_seconds),
@@ -108,6 +114,11 @@ class ServerSettings(_Section):
     tls: Tls = Tls()
     nodes: Nodes = Nodes()
     rounds: Rounds = Rounds()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What the ServerApp is told, which reads its environment alone."""
+        return {**self.rounds.environment, "FEDSSL_USERS": str(self.nodes.users), "FEDSSL_USERS_OF_A_NODE": str(self.nodes.most_users)}
 
 
 def make_server_folder(folder: Path, *, names: Sequence[str] = (), nodes: Sequence[str] = (), host: str = "127.0.0.1", port: int = 8000) -> None:

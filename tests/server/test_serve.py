@@ -167,9 +167,34 @@ def test_each_node_says_whom_it_hosts():
 
 def test_a_node_that_speaks_otherwise_or_fails_is_named():
     with InProcessGrid(speak, {2: {}, 3: {"new": True}, 4: {"mute": True}}) as grid:
-        with pytest.raises(WireError, match=r"node 3 \(fedssl .*\) reads recipe formats \(99,\), not 1"):
+        with pytest.raises(WireError, match=r"1 of 2 nodes can take part; node 3 \(fedssl .*\) reads recipe formats \(99,\), not 1"):
             door.say_hello(grid, [2, 3], 5.0)
-        with pytest.raises(WireError, match="node 4: message with records"):
+        with pytest.raises(WireError, match="node 4 message with records"):
             door.say_hello(grid, [2, 4], 5.0)
         with pytest.raises(FedSSLError, match="node 9 does not say hello: no node 9"):
             door.say_hello(grid, [9], 5.0)
+
+
+def test_a_node_that_cannot_take_part_is_left_out_and_said_and_the_run_begins_with_enough_others(capsys: pytest.CaptureFixture[str]):
+    with InProcessGrid(speak, {2: {}, 3: {"new": True}, 4: {"mute": True}, 5: {}}) as grid:
+        assert list(door.say_hello(grid, [2, 3, 4, 5, 9], 5.0, at_least=2)) == [2, 5]
+        with pytest.raises(WireError, match="2 of 3 nodes can take part; node 3"):
+            door.say_hello(grid, [2, 3, 5], 5.0, at_least=3)
+    said = capsys.readouterr().out
+    assert all(f"node {node} is left out: " in said for node in (3, 4, 9))
+
+
+def test_a_node_that_says_more_than_it_may_is_left_out_and_the_run_goes_on_as_if_it_were_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    folders = [run_folder(tmp_path / name) for name in ("with", "without")]
+    liars = {8: np.arange(3), 9: np.array([10**6])}
+    for folder, more in zip(folders, (liars, {}), strict=True):
+        users = {node: np.array([node - 1]) for node in range(1, 5)}
+        users[3] = np.array([4])
+        shards = {node: Shard(take_users(HISTORIES, own), own) for node, own in users.items()}
+        with InProcessGrid(handler_of(shards), {node: {"partition-id": node} for node in users}) as grid:
+            serve(grid, {**users, **more}, folder, num_users=12, most_users=1)
+    said = capsys.readouterr().out
+    assert "node 8 is left out: it hosts 3 users, and a node may host 1 ([nodes] most_users)" in said
+    assert "node 9 is left out: it hosts user 1000000, and the run's users have the numbers 0 to 11 ([nodes] users)" in said
+    ours = {name: value for name, value in learned(folders[0]).items() if name != "state"}
+    assert ours == {name: value for name, value in learned(folders[1]).items() if name != "state"}

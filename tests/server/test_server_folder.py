@@ -1,34 +1,36 @@
-"""server.toml: what it says of rounds is checked, and reaches the ServerApp."""
+"""server.toml: what it says of rounds and nodes is checked, and reaches the ServerApp."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import tomli_w
 from fedssl_server import app as door
-from fedssl_server.server_folder import FILE, Rounds, make_server_folder, read_server
+from fedssl_server.server_folder import FILE, ServerSettings, make_server_folder, read_server
 
 from fedssl.errors import ConfigError
 
 
-def with_rounds(folder: Path, **rounds: object) -> Path:
+def with_settings(folder: Path, **sections: dict[str, object]) -> Path:
     make_server_folder(folder)
-    lines = [f"{name} = {value!r}".replace("'", '"') for name, value in rounds.items()]
-    (folder / FILE).write_text("[rounds]\n" + "\n".join(lines) + "\n")
+    (folder / FILE).write_text(tomli_w.dumps(sections))
     return folder
 
 
-def test_what_server_toml_says_of_rounds_is_what_the_server_app_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    folder = with_rounds(tmp_path / "s", round_seconds=900.0, reconnect_seconds=120.0, least_fraction=0.5, when_fewer="continue")
-    for name, value in read_server(folder).rounds.environment.items():
+def test_what_server_toml_says_of_rounds_and_nodes_is_what_the_server_app_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rounds: dict[str, object] = {"round_seconds": 900.0, "reconnect_seconds": 120.0, "least_fraction": 0.5, "when_fewer": "continue"}
+    folder = with_settings(tmp_path / "s", rounds=rounds, nodes={"most_users": 1, "users": 200})
+    for name, value in read_server(folder).environment.items():
         monkeypatch.setenv(name, value)
-    assert door._waits() == {"deadline_seconds": 900.0, "reconnect_seconds": 120.0, "least_fraction": 0.5, "goes_on": True}
+    told = {"deadline_seconds": 900.0, "reconnect_seconds": 120.0, "least_fraction": 0.5, "goes_on": True, "num_users": 200, "most_users": 1}
+    assert door._waits() == told
 
 
 def test_where_it_says_nothing_a_round_waits_an_hour_for_all_and_takes_what_came(monkeypatch: pytest.MonkeyPatch):
-    nothing = {"deadline_seconds": 3600.0, "reconnect_seconds": 0.0, "least_fraction": 0.0, "goes_on": False}
+    nothing = {"deadline_seconds": 3600.0, "reconnect_seconds": 0.0, "least_fraction": 0.0, "goes_on": False, "num_users": 0, "most_users": 0}
     assert door._waits() == nothing
-    for name, value in Rounds().environment.items():
+    for name, value in ServerSettings().environment.items():
         monkeypatch.setenv(name, value)
     assert door._waits() == nothing
 
@@ -46,7 +48,7 @@ def test_where_it_says_nothing_a_round_waits_an_hour_for_all_and_takes_what_came
 )
 def test_a_setting_of_rounds_that_cannot_be_is_refused_by_name(rounds: dict[str, object], why: str, tmp_path: Path):
     with pytest.raises(ConfigError) as error:
-        read_server(with_rounds(tmp_path / "s", **rounds))
+        read_server(with_settings(tmp_path / "s", rounds=rounds))
     assert f"[rounds] {why}" in str(error.value)
 
 
