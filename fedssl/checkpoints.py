@@ -50,7 +50,7 @@ def name_of(state: State) -> str:
     if state.phase == "training":
         return name_of_round(state.round)
     place = BEFORE_TRAINING.index(state.phase) if state.phase in BEFORE_TRAINING else len(BEFORE_TRAINING)
-    return f"{name_of_round(0)}-{place}-{state.phase}"
+    return f"{name_of_round(0)}-{place}-{state.phase}" + (f"-{state.round:03d}" if state.round > 1 else "")
 
 
 def name_of_round(round: int) -> str:

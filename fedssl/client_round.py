@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import uuid4
@@ -27,7 +27,7 @@ from fedssl.heads.store import HeadStore
 from fedssl.parts import Parts, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN
 from fedssl.privacy.local_noise import LocalNoise
-from fedssl.privacy.manifest import DeclaredSum, check_manifest, declared_sums
+from fedssl.privacy.manifest import DeclaredSum, check_manifest, declared_sums, rows_of_block
 from fedssl.privacy.plan import LOCAL_SENSITIVITY
 from fedssl.privacy.uploads import Device, open_device, question_of
 from fedssl.privacy.window_chance import WindowChance
@@ -177,13 +177,15 @@ def _counts(download: Download, parts: Parts, shard: Shard, users: NDArray[np.in
     config = download.recipe.counts
     if config is None:
         raise WireError("a counts phase without [counts] in the recipe; the Download contradicts itself")
-    declared = declared_sums(download.recipe, "counts", num_weights=0)["counts"]
+    round, num_items = download.address.round, download.recipe.num_items
+    declared = declared_sums(download.recipe, "counts", num_weights=0, round=round)["counts"]
     places = np.searchsorted(shard.users, users)
     is_dense = declared.layout == "dense"
     rows = _counted_rows(download, config) if is_dense else None
-    sparse, is_broken = sum_transitions(shard.events, places, config, num_items=download.recipe.num_items, step=declared.step, rows=rows)
+    block = None if config.blocks == 1 else rows_of_block(num_items + 1, config.blocks, round)
+    sparse, is_broken = sum_transitions(shard.events, places, config, num_items=num_items, step=declared.step, rows=rows, block=block)
     shard.notes = Notes(broken_users=int(is_broken.sum()))
-    return {"counts": narrow(dense(sparse)) if is_dense else sparse}
+    return {"counts": narrow(dense(sparse)) if is_dense else replace(sparse, values=narrow(sparse.values.astype(np.int64, copy=False)))}
 
 
 def _counted_rows(download: Download, config: CountsConfig) -> NDArray[np.int64]:
@@ -256,7 +258,7 @@ def _training_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
 
 
 def _counting_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
-    return declared_sums(download.recipe, download.address.phase, num_weights=0)
+    return declared_sums(download.recipe, download.address.phase, num_weights=0, round=download.address.round)
 
 
 CLIENT_PHASES: dict[str, ClientPhase] = {

@@ -107,6 +107,9 @@ class CountsConfig(Settings):
     returns: float = Field(1.0, ge=0.0, description="Under a plan: factor of the log of how often people come back to an item they met")
     strength: float = Field(1.0, ge=0.0, description="Factor of the counts' score beside the encoder's; 0: encoder alone")
     top: int = Field(0, ge=0, description="Cells kept of each row, largest first; 0: all")
+    blocks: int = Field(
+        1, ge=1, le=999, description="Without a plan: rows are summed in so many rounds, each a part of them, so that memory holds one part and what was kept"
+    )
     clip_norm: float | None = Field(
         None, gt=0.0, description="L2 norm over all cells to which every user's counts are shortened; None: raw counts, refused under a plan"
     )
@@ -352,6 +355,8 @@ class RunConfig(Settings):
                 )
             if self.counts is not None and self.counts.clip_norm is None:
                 raise ValueError("[counts] has no clip_norm; under a plan every sum needs one")
+            if self.counts is not None and self.counts.blocks > 1:
+                raise ValueError(f"[counts] blocks = {self.counts.blocks} would ask everybody as often; under a plan counts are released once, set blocks = 1")
             if self.counts is not None and self.privacy.epsilon is None and self.privacy.counts_noise_multiplier == 0:
                 raise ValueError("[privacy] counts_noise_multiplier is 0 while [counts] is on; set it, or give a target epsilon")
         return self

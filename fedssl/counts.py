@@ -40,12 +40,19 @@ class Counts:
 
 
 def sum_transitions(
-    events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float, rows: NDArray[np.int64] | None = None
+    events: Events,
+    places_U: NDArray[np.int64],
+    config: CountsConfig,
+    *,
+    num_items: int,
+    step: float,
+    rows: NDArray[np.int64] | None = None,
+    block: range | None = None,
 ) -> tuple[SparseSum, NDArray[np.bool_]]:
     """The summed counts of the users at ``places_U``, in whole steps, and which of them were broken (counted as zero).
 
     ``rows``: sorted items that alone are counted; others are passed over, as if they had not been met, and cells are numbered by the
-    place in ``rows``. None: all items.
+    place in ``rows``. None: all items. ``block``: of the summed matrix only these rows are returned, numbered by their place in it.
 
     Guarantees:
       - only training events are read; each user's coalesced counts are shortened to ``config.clip_norm`` (None: raw);
@@ -59,13 +66,18 @@ def sum_transitions(
     keys, values, broken = [], [], []
     for first in range(0, len(places_U), USERS_AT_ONCE):
         key, value, is_broken = _transitions(events, places_U[first : first + USERS_AT_ONCE], config, stride, step, place_I)
+        if block is not None:
+            row, column = np.divmod(key, stride)
+            # A user is shortened over all cells first: blocks change no number.
+            is_here = (row - block.start) % block.step == 0
+            key, value = ((row - block.start) // block.step * stride + column)[is_here], value[is_here]
         keys.append(key)
         values.append(value)
         broken.append(is_broken)
         if sum(map(len, keys)) > max(CELLS_AT_ONCE, 2 * len(keys[0])):
             key, value = sum_by_key(keys, values)
             keys, values = [key], [value]
-    return from_keys(*sum_by_key(keys, values), (stride, stride)), np.concatenate(broken or [np.zeros(0, bool)])
+    return from_keys(*sum_by_key(keys, values), (stride if block is None else len(block), stride)), np.concatenate(broken or [np.zeros(0, bool)])
 
 
 def sum_items(events: Events, places_U: NDArray[np.int64], config: CountsConfig, *, num_items: int, step: float) -> NDArray[np.int64]:
@@ -165,6 +177,17 @@ def from_cells(rows: NDArray[np.integer], columns: NDArray[np.integer], values: 
     starts = np.zeros(num_items + 2, dtype=np.int64)
     np.cumsum(np.bincount(rows, minlength=num_items + 1), out=starts[1:])
     return Counts(starts, columns.astype(np.int32), values.astype(np.float32))
+
+
+def merge_rows(one: Counts, other: Counts) -> Counts:
+    """The counts of two matrices of one catalogue that share no filled row."""
+    size_1, size_2 = np.diff(one.starts), np.diff(other.starts)
+    starts = np.concatenate([[0], np.cumsum(size_1 + size_2)])
+    columns, values = np.empty(starts[-1], dtype=np.int32), np.empty(starts[-1], dtype=np.float32)
+    for part, size in ((one, size_1), (other, size_2)):
+        place = np.repeat(starts[:-1] - part.starts[:-1], size) + np.arange(len(part.columns))
+        columns[place], values[place] = part.columns, part.values
+    return Counts(starts, columns, values)
 
 
 class CountsScorer:

@@ -30,6 +30,9 @@ Floats = NDArray[np.float64]
 SHORT_HISTORY = 10
 """A user with fewer training events than this, and at least one, has a short history."""
 
+SCORES_AT_ONCE = 1 << 25
+"""Of a large catalogue fewer users are scored at a time: a matrix of float32 scores takes at most about 128 MiB."""
+
 Scorer = Callable[[Sequence[NDArray[np.int32]], NDArray[np.int64]], Tensor | Mapping[str, Tensor]]
 """Histories (oldest event first) and numbers of n users -> scores (n, I+1), column 0 padding; or several such, by name.
 
@@ -197,7 +200,7 @@ def evaluate(
     block: int = 256,
     list_length: int = 0,
 ) -> Ranks:
-    """Rank the held-out item of every user (or of ``users``) against the whole catalogue, ``block`` users at a time.
+    """Rank the held-out item of every user (or of ``users``) against the whole catalogue, ``block`` users at a time, or `SCORES_AT_ONCE` scores.
 
     Guarantees:
       - a user counts once, however often listed, and only if they have a target: with leave-one-out those with three events, with
@@ -223,6 +226,7 @@ def evaluate(
     of_unseen: dict[str, Floats] = {}
     lists = {name: np.zeros((len(chosen), list_length), dtype=np.int64) for name in ("all", "unseen")} if list_length else {}
     order = np.argsort(ends - starts, kind="stable")
+    block = min(block, max(SCORES_AT_ONCE // int(histories.items.max()), 1))
     with torch.no_grad(), unchanged(histories):
         for at in range(0, len(order), block):
             here = order[at : at + block]

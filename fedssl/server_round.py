@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedssl.catalogue import Catalogue
-from fedssl.counts import Counts, from_cells, keep_top, most_popular
+from fedssl.counts import Counts, from_cells, keep_top, merge_rows, most_popular
 from fedssl.data.features import item_features
 from fedssl.denoise import denoise
 from fedssl.distillation import distil
 from fedssl.lift import LiftTable
 from fedssl.parts import initial_weights, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_STEP, next_clip
-from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums
+from fedssl.privacy.manifest import WEIGHT_STEP, DeclaredSum, declared_sums, rows_of_block
 from fedssl.privacy.noise import gaussian_steps
 from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
@@ -138,10 +138,10 @@ def phases_of(recipe: Recipe, catalogue: Catalogue | None = None) -> tuple[Serve
         return (training,)
     counts = ServerPhase(
         name="counts",
-        rounds=1,
+        rounds=recipe.counts.blocks,
         exchanges=1,
         tensors=lambda state: {} if state.popularity is None else {"popularity": state.popularity},
-        declared=lambda state, exchange: declared_sums(recipe, "counts", num_weights=0),
+        declared=lambda state, exchange: declared_sums(recipe, "counts", num_weights=0, round=state.round + 1 if state.phase == "counts" else 1),
         middle=_no_middle,
         finish=lambda state, totals, release: finish_counts(recipe, state, totals, release, item_features(catalogue) if catalogue else None),
     )
@@ -265,7 +265,7 @@ def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release
     """
     config = recipe.counts
     assert config is not None
-    declared = declared_sums(recipe, "counts", num_weights=0)["counts"]
+    declared = declared_sums(recipe, "counts", num_weights=0, round=release.round)["counts"]
     if release.plan is not None:
         assert state.popularity is not None, "a popularity phase comes before"
         table = denoise(
@@ -278,10 +278,18 @@ def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release
             popularity_noise=release.plan.noise_std_in_steps("popularity", "popularity") * declared.step,
         )
         return replace(state, phase=release.phase, round=release.round, counts=table)
-    total, side = totals.get("counts"), recipe.num_items + 1
-    sparse = total if isinstance(total, SparseSum) else SparseSum(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), (side, side))
-    counts = from_cells(sparse.rows, sparse.columns, sparse.values * declared.step, num_items=recipe.num_items)
-    return replace(state, phase=release.phase, round=release.round, counts=keep_top(counts, config.top))
+    total, block = totals.get("counts"), rows_of_block(recipe.num_items + 1, config.blocks, release.round)
+    sparse = (
+        total
+        if isinstance(total, SparseSum)
+        else SparseSum(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.int64), (len(block), recipe.num_items + 1))
+    )
+    rows = sparse.rows if config.blocks == 1 else sparse.rows * block.step + block.start
+    counts = keep_top(from_cells(rows, sparse.columns, sparse.values * declared.step, num_items=recipe.num_items), config.top)
+    if release.round > 1:
+        assert isinstance(state.counts, Counts), "the blocks before"
+        counts = merge_rows(state.counts, counts)
+    return replace(state, phase=release.phase, round=release.round, counts=counts)
 
 
 def _noised(release: Release, declared: DeclaredSum, totals: Totals) -> NDArray[np.float32]:

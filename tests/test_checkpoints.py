@@ -137,9 +137,10 @@ def test_no_best_keeps_nothing_of_the_counts(tmp_path: Path):
 
 
 def test_a_checkpoint_before_training_comes_before_those_of_training(tmp_path: Path):
-    write_checkpoint(tmp_path, at(1, phase="counts"), keep=2)
-    write_checkpoint(tmp_path, at(1), keep=2)
-    assert [read_checkpoint(path).state.phase for path in list_checkpoints(tmp_path)] == ["counts", "training"]
+    for done in (at(1, phase="counts"), at(2, phase="counts"), at(10, phase="counts"), at(1)):
+        write_checkpoint(tmp_path, done, keep=4)
+    found = [read_checkpoint(path).state for path in list_checkpoints(tmp_path)]
+    assert [(state.phase, state.round) for state in found] == [("counts", 1), ("counts", 2), ("counts", 10), ("training", 1)]
 
 
 class Killed(BaseException):

@@ -12,9 +12,9 @@ from oracles.slow_counts import slow_scores, user_cells, user_steps
 from small import dataset_of
 
 from fedssl.config import CountsConfig
-from fedssl.counts import Counts, CountsScorer, dense, from_cells, keep_top, most_popular, sum_items, sum_transitions
+from fedssl.counts import Counts, CountsScorer, dense, from_cells, keep_top, merge_rows, most_popular, sum_items, sum_transitions
 from fedssl.privacy.grid import grid_step
-from fedssl.privacy.manifest import COUNTS_STEP, squared_norm
+from fedssl.privacy.manifest import COUNTS_STEP, rows_of_block, squared_norm
 from fedssl.records import Address, SparseSum, Upload
 from fedssl.server_round import Sums, add, totals_of
 
@@ -129,6 +129,35 @@ def test_more_users_and_cells_than_are_summed_at_once_change_nothing(monkeypatch
         for cell, value in user_steps(training(items), 1, 1.0, COUNTS_STEP).items():
             expected[cell] = expected.get(cell, 0) + value
     assert found == expected
+
+
+@given(rows=histories, blocks=st.integers(1, ITEMS + 3), clip=st.sampled_from([None, 0.8]))
+def test_blocks_of_rows_hold_each_cell_once_and_change_no_number(rows: list[list[int]], blocks: int, clip: float | None):
+    config, step = CountsConfig(lags=3, decay=0.8, clip_norm=clip), COUNTS_STEP if clip is None else grid_step(clip)
+    events, found = dataset_of(*rows, num_items=ITEMS).histories, {}
+    for number in range(1, blocks + 1):
+        block = rows_of_block(ITEMS + 1, blocks, number)
+        part = sum_transitions(events, np.arange(len(rows)), config, num_items=ITEMS, step=step, block=block)[0]
+        assert part.shape == (len(block), ITEMS + 1)
+        here = {(block[row], column): value for (row, column), value in cells_of(part).items()}
+        assert not here.keys() & found.keys()
+        found |= here
+    assert found == cells_of(summed(rows, config, step=step))
+
+
+@given(
+    cells=st.dictionaries(st.tuples(st.integers(1, ITEMS), st.integers(1, ITEMS)), st.integers(1, 9)),
+    is_first=st.lists(st.booleans(), min_size=ITEMS + 1, max_size=ITEMS + 1),
+)
+def test_matrices_of_other_rows_are_merged_into_the_matrix_of_all(cells: dict[tuple[int, int], int], is_first: list[bool]):
+    def matrix(chosen: dict[tuple[int, int], int]) -> Counts:
+        rows, columns = (np.array([cell[side] for cell in sorted(chosen)], dtype=np.int64) for side in (0, 1))
+        return from_cells(rows, columns, np.array([chosen[cell] for cell in sorted(chosen)], dtype=np.float64), num_items=ITEMS)
+
+    one, other = (matrix({cell: value for cell, value in cells.items() if is_first[cell[0]] == which}) for which in (True, False))
+    merged, whole = merge_rows(one, other), matrix(cells)
+    for name in ("starts", "columns", "values"):
+        assert (getattr(merged, name).dtype, getattr(merged, name).tolist()) == (getattr(whole, name).dtype, getattr(whole, name).tolist())
 
 
 # ---- under a plan ----

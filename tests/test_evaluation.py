@@ -172,6 +172,18 @@ def test_the_block_size_changes_nothing(block):
         assert rank_unseen == slow_rank(table[row[-2]].tolist(), row[-1], set(row[:-1].tolist()))
 
 
+def test_of_a_large_catalogue_fewer_users_are_scored_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedssl.evaluation.SCORES_AT_ONCE", 40)
+    sizes = []
+
+    def scorer(past, users):
+        sizes.append(len(users))
+        return torch.zeros(len(past), 11)
+
+    evaluate(scorer, histories(*[[1, 2, 10]] * 9), "test")
+    assert sizes == [4, 4, 1]
+
+
 def test_users_of_a_block_have_histories_of_nearly_the_same_length():
     lengths = []
 

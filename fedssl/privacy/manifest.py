@@ -52,12 +52,12 @@ class DeclaredSum:
     noise_std: float = 0.0
 
 
-def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: float | None = None) -> dict[str, DeclaredSum]:
+def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: float | None = None, round: int = 1) -> dict[str, DeclaredSum]:
     """All that may leave a node in ``phase`` under ``recipe``; ``num_weights``: coordinates of the shared weights, flat.
 
     - popularity, under a plan: "popularity", (I + 1,).
-    - counts: "counts", sparse, (I + 1, I + 1); under a plan dense, because which cells are filled is the history, and between
-      `[counts] items` alone, (N, N).
+    - counts: "counts", sparse, (rows of the round's block, I + 1), see `rows_of_block`; under a plan dense, because which cells
+      are filled is the history, and between `[counts] items` alone, (N, N).
     - training: "update", (num_weights,); only without a plan also "weight" and "loss", (1,) each: sums of the users'
       weights, each in [0, 1], and of their losses. With an adaptive clip also "within_clip", (1,): +1/2 or -1/2 a user.
     Steps follow the clip; without one, those of updates follow ``local.grid_step``. ``clip_norm``: that of the round where
@@ -71,7 +71,8 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
         if recipe.privacy.has_plan:
             items = min(recipe.counts.items, recipe.num_items)
             return {"counts": DeclaredSum("counts", (items, items), "dense", "int", clip_norm, step, smallest=0)}
-        return {"counts": DeclaredSum("counts", (side, side), "sparse", "int", clip_norm, step, smallest=0)}
+        rows = len(rows_of_block(side, recipe.counts.blocks, round))
+        return {"counts": DeclaredSum("counts", (rows, side), "sparse", "int", clip_norm, step, smallest=0)}
     if phase == "popularity" and recipe.counts is not None and recipe.counts.clip_norm is not None and recipe.privacy.has_plan:
         clip_norm = recipe.counts.clip_norm
         return {"popularity": DeclaredSum("popularity", (recipe.num_items + 1,), "dense", "int", clip_norm, grid_step(clip_norm), smallest=0)}
@@ -83,7 +84,7 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
         step = recipe.local.grid_step if clip_norm is None else grid_step(clip_norm)
         sums = [DeclaredSum("update", (num_weights,), "dense", "int", clip_norm, step)]
         if not recipe.privacy.has_plan:
-            sums.append(DeclaredSum("weight", (1,), "dense", "int", None, WEIGHT_STEP, smallest=0, largest=round(1 / WEIGHT_STEP)))
+            sums.append(DeclaredSum("weight", (1,), "dense", "int", None, WEIGHT_STEP, smallest=0, largest=int(1 / WEIGHT_STEP)))
             sums.append(DeclaredSum("loss", (1,), "dense", "int", None, LOSS_STEP))
         if is_adaptive:
             sums.append(DeclaredSum(WITHIN, (1,), "dense", "int", WITHIN_CLIP, WITHIN_STEP))
@@ -94,6 +95,11 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
         return {one.name: one for one in sums}
     known = ("popularity, counts, " if recipe.privacy.has_plan else "counts, ") * (recipe.counts is not None) + "training"
     raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")
+
+
+def rows_of_block(side: int, blocks: int, round: int) -> range:
+    """The rows of counts that are summed in a round: every ``blocks``-th of ``side``, so that blocks are alike however the catalogue is ordered."""
+    return range(round - 1, side, blocks)
 
 
 def _with_noise(recipe: Recipe, one: DeclaredSum) -> DeclaredSum:

@@ -36,6 +36,7 @@ IMPOSSIBLE: dict[str, tuple[list[str], str]] = {
     "noise without a clip": (["privacy.clip_norm=none"], "noise without a clip promises nothing; set clip_norm"),
     "a target without a clip": ([NOISE_GONE, "privacy.epsilon=2", "privacy.clip_norm=none"], "noise without a clip promises nothing; set clip_norm"),
     "an adaptive clip that begins nowhere": ([NOISE_GONE, "privacy.clip=adaptive", "privacy.clip_norm=none"], "needs a clip for the first round"),
+    "counts in blocks": (["counts.clip_norm=1", "counts.blocks=4"], "[counts] blocks = 4 would ask everybody as often; under a plan counts are released once"),
     "counts without a clip": (["counts.lags=2", "privacy.counts_noise_multiplier=1"], "[counts] has no clip_norm; under a plan every sum needs one"),
     "counts without noise": (["counts.clip_norm=1"], "counts_noise_multiplier is 0 while [counts] is on"),
     "a cohort that everybody knows": (["server.sampling=passes"], "under a plan set sampling = 'poisson'"),

@@ -23,6 +23,7 @@ from small import PLAN, deal, recipe_of, small_config, small_dataset, train
 
 from fedssl import wire
 from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard
+from fedssl.config import RunConfig
 from fedssl.errors import AllUploadsRefused, ConfigError, TooFewUploads, WireError
 from fedssl.privacy.manifest import DeclaredSum
 from fedssl.privacy.plan import make_plan
@@ -546,6 +547,22 @@ def test_a_run_goes_on_where_its_state_says():
         assert torch.equal(again.weights_P, whole.weights_P)
         assert again.counts is not None and whole.counts is not None
         assert np.array_equal(again.counts.values, whole.counts.values)
+
+
+@pytest.mark.parametrize("top", [0, 2])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_counts_in_blocks_are_those_at_once_and_go_on_between_two(top: int, clip: float | None):
+    def config_of(blocks: int) -> RunConfig:
+        return small_config({"counts": {"top": top, "clip_norm": clip, "blocks": blocks}, "server": {"rounds": 1}})
+
+    whole, _ = train(config_of(1), small_dataset())
+    states: list[State] = []
+    blocks, facts = train(config_of(3), small_dataset(), on_round=lambda state, facts: states.append(state))
+    assert [(fact.phase, fact.round) for fact in facts] == [("counts", 1), ("counts", 2), ("counts", 3), ("training", 1)]
+    resumed, _ = train(config_of(3), small_dataset(), state=states[1])
+    assert whole.counts is not None and len(vars(whole.counts)["values"])
+    for name, array in vars(whole.counts).items():
+        assert np.array_equal(array, getattr(blocks.counts, name)) and np.array_equal(array, getattr(resumed.counts, name))
 
 
 def test_bytes_up_and_down_are_those_of_the_tensors():
