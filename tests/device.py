@@ -52,10 +52,10 @@ def download_of(recipe: Recipe, *, round: int = 1, run: str = RUN, phase: str = 
     return Download(Address(run, phase, round), recipe, tensors, users=np.array([USER]), **changes)
 
 
-def write_policy(folder: Path, **sections: Any) -> None:
+def write_policy(folder: Path, *, user: int = USER, **sections: Any) -> None:
     """A policy that allows much, with these sections changed."""
     values: dict[str, Any] = {
-        "user": USER,
+        "user": user,
         "consent": {"train": True},
         "allow": {"servers": [SERVER], "most_epsilon": float("inf")},
         "gates": {"platform": "device:good_machine"},
