@@ -22,6 +22,7 @@ from fedssl.counts import dense, most_popular, sum_items, sum_transitions
 from fedssl.data.histories import Histories, open_histories, take_users, write_histories
 from fedssl.data.watch import unchanged
 from fedssl.data.windows import Events
+from fedssl.device_evaluation import model_of, sums_of_ranks
 from fedssl.errors import DataError, WireError
 from fedssl.heads.store import HeadStore
 from fedssl.parts import Parts, make_parts
@@ -261,8 +262,19 @@ def _counting_sums(download: Download, parts: Parts) -> dict[str, DeclaredSum]:
     return declared_sums(download.recipe, download.address.phase, num_weights=0, round=download.address.round)
 
 
+def _evaluation(download: Download, parts: Parts, shard: Shard, users: NDArray[np.int64]) -> dict[str, Ints | SparseSum]:
+    """Ranks under the model of a round, with the users' heads as they were after it."""
+    recipe, heads = download.recipe, shard.heads(download.recipe)
+    assert recipe.evaluation is not None and isinstance(shard.events, Histories)
+    if heads is not None:
+        heads.begin(download.address.round + 1, settled=download.settled)
+    model = model_of(recipe, download.tensors, None if heads is None else lambda places: heads.read(shard.users[places]))
+    return dict(sums_of_ranks(model, shard.events, np.searchsorted(shard.users, users), recipe.evaluation.ks))
+
+
 CLIENT_PHASES: dict[str, ClientPhase] = {
     "popularity": ClientPhase(_counting_sums, _popularity),
     "counts": ClientPhase(_counting_sums, _counts),
     "training": ClientPhase(_training_sums, _training),
+    "evaluation": ClientPhase(_counting_sums, _evaluation),
 }

@@ -280,6 +280,12 @@ class EvaluationConfig(Settings):
         description="Early stop: so many validations without a better NDCG@10 `unseen` end the run, and its model is that of the best one; "
         "0: all rounds are run. Refused under a plan",
     )
+    on_devices: int = Field(
+        0,
+        ge=0,
+        description="Rounds between evaluations where the events are, and one after the last round: every node ranks the last event of each of its users and "
+        "sends sums of hits, NDCG and users; 0: none. Refused under a plan",
+    )
 
     @model_validator(mode="after")
     def _patience_has_something_to_look_at(self) -> EvaluationConfig:
@@ -288,6 +294,13 @@ class EvaluationConfig(Settings):
         if self.patience and 10 not in self.ks:
             raise ValueError(f"patience = {self.patience} looks at NDCG@10, and ks = {list(self.ks)} has no 10; add it")
         return self
+
+
+class DeviceEvaluation(Settings):
+    """What a recipe says of evaluations where the events are."""
+
+    every: int = Field(ge=1, description="Rounds of training between two")
+    ks: tuple[int, ...] = Field(min_length=1, description="Cut-offs of HR and NDCG")
 
 
 class SystemConfig(Settings):
@@ -352,6 +365,10 @@ class RunConfig(Settings):
                 raise ValueError(
                     "[evaluation] patience would stop where people's held-out events say so, and these are no sum that the plan accounts for; "
                     "under a plan set patience = 0"
+                )
+            if self.evaluation.on_devices:
+                raise ValueError(
+                    "[evaluation] on_devices would send sums of people's last events, and these are no sum that the plan accounts for; under a plan set it to 0"
                 )
             if self.counts is not None and self.counts.clip_norm is None:
                 raise ValueError("[counts] has no clip_norm; under a plan every sum needs one")

@@ -91,13 +91,13 @@ def metrics(ranks_U: Floats, ks: Sequence[int]) -> dict[str, float]:
     result: dict[str, float] = {}
     for k in ks:
         result[f"hr@{k}"] = float((ranks_U <= k).mean())
-        result[f"ndcg@{k}"] = float(_gains(ranks_U, k).mean())
+        result[f"ndcg@{k}"] = float(gains(ranks_U, k).mean())
     result["mrr"] = float((1.0 / ranks_U).mean())
     return result
 
 
-def _gains(ranks_U: Floats, k: int) -> Floats:
-    """Each user's NDCG@k."""
+def gains(ranks_U: Floats, k: int) -> Floats:
+    """Each user's NDCG@k: with one relevant item the ideal DCG is 1."""
     return np.where(ranks_U <= k, 1.0 / np.log2(1.0 + ranks_U), 0.0)
 
 
@@ -178,7 +178,7 @@ class Ranks:
             if len(chosen):
                 sizes = {"from": int(size_n[chosen].min()), "to": int(size_n[chosen].max())}
                 interval: dict[str, Any] = {"of": f"ndcg@{self.ks[-1]}"}
-                interval |= {column: list(bootstrap_interval(_gains(found[part][chosen], self.ks[-1]))) for column, found in self._columns}
+                interval |= {column: list(bootstrap_interval(gains(found[part][chosen], self.ks[-1]))) for column, found in self._columns}
                 result[name] = {"users": len(chosen), **sizes, **self._of(part, chosen), "interval": interval}
         return result
 

@@ -14,6 +14,7 @@ from pydantic import Field
 
 from fedssl.config import (
     CountsConfig,
+    DeviceEvaluation,
     DistillationConfig,
     EncoderConfig,
     HeadConfig,
@@ -45,11 +46,15 @@ class Recipe(Settings):
     local: LocalConfig
     server: ServerConfig
     privacy: PrivacyConfig
+    evaluation: DeviceEvaluation | None = None
 
     @cached_property
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: equal recipes are equal text."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        values = self.model_dump(mode="json")
+        if self.evaluation is None:
+            del values["evaluation"]  # So that a recipe without it is the text that it was before there was any.
+        return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @cached_property
     def hash(self) -> str:
@@ -74,6 +79,7 @@ def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: Priv
         local=run.local,
         server=run.server,
         privacy=privacy if privacy is not None else run.privacy,
+        evaluation=DeviceEvaluation(every=run.evaluation.on_devices, ks=run.evaluation.ks) if run.evaluation.on_devices else None,
     )
 
 

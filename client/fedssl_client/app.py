@@ -41,6 +41,12 @@ def train(message: Message, context: Context) -> Message:
         return _failed(message, error)
 
 
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Answer a Download whose phase is evaluation: the same way, and the person's policy says whether."""
+    return train(message, context)
+
+
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
     """Say which users this node hosts, and which formats it reads."""

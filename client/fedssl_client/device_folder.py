@@ -23,6 +23,7 @@ user = {user}                # the number under which the server knows this devi
 
 [consent]
 train = false           # true: take part in training; nothing leaves before
+evaluate = false        # true: in a run without a privacy plan also say how well its model ranks the newest event
 
 [allow]
 servers = []            # names, as in the SuperNode's --node-config 'server="NAME"'

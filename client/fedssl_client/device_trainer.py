@@ -26,7 +26,7 @@ from fedssl.wire import download_from_bytes, to_bytes
 from fedssl_client.child import answer_standard_input
 from fedssl_client.device_folder import HISTORY, MODEL, heads_folder, opened_ledger
 from fedssl_client.history import Event, HistoryStore
-from fedssl_client.policy import OutsidePolicy, check_policy, promised_epsilon, read_policy
+from fedssl_client.policy import OutsidePolicy, check_evaluation, check_policy, promised_epsilon, read_policy
 from fedssl_client.store import locked
 
 
@@ -51,6 +51,8 @@ def train(data: bytes, folder: Path, server: str) -> bytes:
         if server not in history.servers():
             raise OutsidePolicy(f"the person has not joined server '{server}'")
         check_policy(policy, recipe, server, spent=spent_elsewhere(ledger, address.run))
+        if address.phase == "evaluation":
+            check_evaluation(policy)
         catalogue = _catalogue(folder, recipe)
         ledger.join(address.run, epsilon=promised_epsilon(recipe), delta=recipe.privacy.delta, recipe=recipe.hash)
         question = question_of(download)

@@ -23,6 +23,9 @@ class Consent(Settings):
     """Whether anything that was learned here may leave."""
 
     train: bool = Field(False, description="Take part in training; false: the device recommends, and nothing leaves")
+    evaluate: bool = Field(
+        False, description="Where a run without a plan asks, also say how well its model ranks the newest event: hits and NDCG, which together say the rank"
+    )
 
 
 class Allow(Settings):
@@ -148,6 +151,12 @@ def least_upload_bytes(recipe: Recipe) -> int:
     training = 4 * (recipe.num_items + 1) * recipe.encoder.width if recipe.server.rounds else 0
     counts = 4 * min(recipe.counts.items, recipe.num_items) ** 2 if recipe.counts is not None and recipe.privacy.has_plan else 0
     return max(training, counts)
+
+
+def check_evaluation(policy: Policy) -> None:
+    """Raises OutsidePolicy where the person has not agreed to it."""
+    if not policy.consent.evaluate:
+        raise OutsidePolicy("this device's policy refuses: the person has not agreed to evaluation ([consent] evaluate)")
 
 
 def check_policy(policy: Policy, recipe: Recipe, server: str, *, spent: float = 0.0) -> None:

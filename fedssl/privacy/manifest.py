@@ -25,6 +25,7 @@ from fedssl.records import SparseSum
 
 WEIGHT_STEP = 2.0**-16
 LOSS_STEP = 2.0**-16
+GAIN_STEP = 2.0**-24
 MOST_WINDOWS = 1024
 """Under window-level privacy: a step's sum of gradients is at most as long as so many times ``local.windows`` clipped ones; beyond it an upload is refused."""
 NOISE_TAIL = 12.0
@@ -60,6 +61,7 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
       are filled is the history, and between `[counts] items` alone, (N, N).
     - training: "update", (num_weights,); only without a plan also "weight" and "loss", (1,) each: sums of the users'
       weights, each in [0, 1], and of their losses. With an adaptive clip also "within_clip", (1,): +1/2 or -1/2 a user.
+    - evaluation, without a plan: "hits" and "gains", (2, K) each, and "tested", (1,): of how a model ranks the last event of each user.
     Steps follow the clip; without one, those of updates follow ``local.grid_step``. ``clip_norm``: that of the round where
     the recipe's is adaptive, else None.
 
@@ -92,6 +94,14 @@ def declared_sums(recipe: Recipe, phase: str, num_weights: int, *, clip_norm: fl
             sums = [_of_windows(recipe, one) for one in sums]
         elif recipe.privacy.is_local:
             sums = [_with_noise(recipe, one) for one in sums]
+        return {one.name: one for one in sums}
+    if phase == "evaluation" and recipe.evaluation is not None:
+        if recipe.privacy.has_plan:
+            raise ConfigError("phase 'evaluation': sums of what people met last are not among those that the privacy plan accounts for; nothing may leave")
+        shape = (2, len(recipe.evaluation.ks))
+        sums = [DeclaredSum("hits", shape, "dense", "int", None, 1.0, smallest=0, largest=1)]
+        sums.append(DeclaredSum("gains", shape, "dense", "int", None, GAIN_STEP, smallest=0, largest=int(1 / GAIN_STEP)))
+        sums.append(DeclaredSum("tested", (1,), "dense", "int", None, 1.0, smallest=0, largest=1))
         return {one.name: one for one in sums}
     known = ("popularity, counts, " if recipe.privacy.has_plan else "counts, ") * (recipe.counts is not None) + "training"
     raise ConfigError(f"phase {phase!r} is not in the recipe, which has {known}; nothing may leave in it")

@@ -11,15 +11,18 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fedssl.counts import Counts
+from fedssl.device_evaluation import metrics_of, model_tensors
 from fedssl.errors import AllUploadsRefused, ConfigError, TooFewUploads, WireError
 from fedssl.privacy.keys import Keys, cohort_by_coins, cohort_of_pass, draw_cohort, users_per_round
 from fedssl.privacy.ledger import Ledger, begin_attempt, hmac_of_totals, may_draw_noise, new_attempt
-from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP
+from fedssl.privacy.manifest import LOSS_STEP, WEIGHT_STEP, declared_sums
 from fedssl.privacy.plan import Plan
 from fedssl.recipe import Recipe
 from fedssl.records import Address, Download
@@ -63,7 +66,7 @@ class RoundFacts:
     ``users``: how many were asked (under a plan that number is private). ``loss``: mean over users, where it was declared.
     ``clip_norm``: the round's, where it is adaptive. ``answered``: users who were asked by nodes whose uploads were added.
     ``refused_for``: how many answers were refused, or missed, by kind (`admission`). ``nodes``: how many were asked; ``nodes_used``: whose
-    uploads were added; ``is_applied``: whether these were enough.
+    uploads were added; ``is_applied``: whether these were enough. ``evaluation``: what nodes said of the new model, where the recipe asks for it.
     """
 
     phase: str
@@ -83,6 +86,7 @@ class RoundFacts:
     nodes: int = 0
     nodes_used: int = 0
     is_applied: bool = True
+    evaluation: Mapping[str, Any] | None = None
 
 
 def owners(users_of_node: Mapping[int, NDArray[np.int64]], num_users: int) -> tuple[tuple[int, ...], NDArray[np.int32]]:
@@ -135,6 +139,8 @@ def run_rounds(
             if should_stop():
                 return state
             state, facts = _round(grid, run, state, phase, number, settled())
+            if _is_evaluated(run.recipe, phase, number, is_last=phase is phases[-1] and number == phase.rounds):
+                facts = replace(facts, evaluation=_evaluate(grid, run, state, settled()))
             on_round(state, facts)
     return state
 
@@ -249,6 +255,27 @@ def _check_may_go_on(run: Run, phase: ServerPhase, facts: RoundFacts) -> None:
         f"{facts.phase} round {facts.round}: {facts.nodes_used} of {facts.nodes} nodes sent what could be used, and [rounds] least_fraction is "
         f"{run.least_fraction:g}; the round is not applied. {why}. Go on once more nodes are there; it is then asked for again"
     )
+
+
+def _is_evaluated(recipe: Recipe, phase: ServerPhase, number: int, *, is_last: bool) -> bool:
+    if recipe.evaluation is None:
+        return False
+    return is_last or (phase.name == "training" and number % recipe.evaluation.every == 0)
+
+
+def _evaluate(grid: Grid, run: Run, state: State, settled: int) -> dict[str, Any]:
+    """What all nodes together say of a model: means over their users, and of how many nodes. Nodes that do not answer change nothing else."""
+    recipe = run.recipe
+    assert recipe.evaluation is not None and (state.counts is None or isinstance(state.counts, Counts))
+    tensors = model_tensors(state.released(recipe), state.counts)
+    # Rounds of training are what heads are kept by.
+    download = Download(Address(run.id, "evaluation", state.round if state.phase == "training" else 0), recipe, tensors, None, settled)
+    users_N = np.bincount(run.owner_U[run.owner_U >= 0], minlength=len(run.node_ids)).tolist()
+    asked = {node: Asked(None, users) for node, users in zip(run.node_ids, users_N, strict=True) if users}
+    declared = declared_sums(recipe, "evaluation", num_weights=0)
+    answers = ask(grid, download, asked, declared, Patience(run.deadline_seconds, run.reconnect_seconds), "evaluate")
+    found = metrics_of(totals_of(answers.sums), recipe.evaluation.ks)
+    return {**found, "nodes": len(asked), "nodes_used": len(asked) - len(answers.refused), "refused_for": dict(answers.kinds)}
 
 
 def _scalar(totals: Totals, name: str, step: float) -> float | None:

@@ -83,6 +83,8 @@ def serve(
             line["clip_norm"] = facts.clip_norm
         if not facts.is_applied:
             line["is_applied"] = False
+        if facts.evaluation is not None:
+            line["evaluation"] = facts.evaluation
         # Who was asked, and so how much was sent and who did not answer, is the secret that amplification by sampling rests on.
         seen = {
             "users": facts.users,

@@ -436,6 +436,8 @@ def _metrics_line(
     seen["broken_users"] = sum(shard.notes.broken_users for shard in shards.values())
     if validation is not None:
         seen["validation"] = validation
+    if facts.evaluation is not None:
+        seen["evaluation"] = facts.evaluation
     if encodings is not None:
         seen["encodings"] = {**encodings._asdict(), "is_collapsed": encodings.is_collapsed}
     line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
