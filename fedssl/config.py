@@ -65,6 +65,9 @@ class EncoderConfig(Settings):
     hidden: int = Field(128, ge=1, description="sasrec, bert4rec: width of the feed-forward layer; gru4rec: of the state; hgrn has none")
     window: int = Field(50, ge=1, description="Positions L of one window: the newest events a prediction reads")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of activations zeroed in training; 0: none")
+    first_items: Literal["random", "counts"] = Field(
+        "random", description="Item vectors before training: random, or counts: from the company that items keep in the run's [counts]"
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> EncoderConfig:
@@ -350,6 +353,11 @@ class RunConfig(Settings):
             raise ValueError("[head] would carry one window into the gradients of others, without noise; under privacy.mode = 'window' set name = 'none'")
         if self.privacy.is_by_window and (self.local.weight_decay or self.local.proximal):
             raise ValueError("[local] weight_decay and proximal are no gradient of a window; under privacy.mode = 'window' set both to 0")
+        if self.encoder.first_items == "counts" and (self.counts is None or self.privacy.has_plan):
+            raise ValueError(
+                "[encoder] first_items = 'counts' needs a [counts] section without a privacy plan; add one, set first_items = 'random', "
+                "or under a plan let [distillation] begin with the counts"
+            )
         if not self.server.rounds and self.counts is None:
             raise ValueError("[server] rounds = 0 leaves nothing to do; give it rounds, or the run a [counts] section")
         if self.distillation is not None and (self.counts is None or not self.privacy.has_plan):

@@ -30,6 +30,7 @@ from fedssl.recipe import Recipe
 from fedssl.records import Ints, SparseSum, Upload
 from fedssl.server_optimizers import Memory, average_late, learning_rate
 from fedssl.sparse_total import SparseTotal
+from fedssl.spectral import spectral_items
 from fedssl.weights import ITEMS, Weights, flatten, to_numpy, unflatten
 
 ROWS_AT_ONCE = 64
@@ -259,7 +260,8 @@ def finish_popularity(recipe: Recipe, state: State, totals: Totals, release: Rel
 
 
 def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release, features: NDArray[np.float32] | None = None) -> State:
-    """The counts that are kept: the largest cells of each row; under a plan a lift table, what the noised sums most likely say.
+    """The counts that are kept: the largest cells of each row; under a plan a lift table, what the noised sums most likely say. Where the recipe
+    asks for it, the first item vectors are made of them.
 
     Under a plan EVERY cell gets noise, empty ones too. ``features`` (I, F): of the items, for a prior; None: nothing is known of them.
     """
@@ -289,7 +291,12 @@ def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release
     if release.round > 1:
         assert isinstance(state.counts, Counts), "the blocks before"
         counts = merge_rows(state.counts, counts)
-    return replace(state, phase=release.phase, round=release.round, counts=counts)
+    state = replace(state, phase=release.phase, round=release.round, counts=counts)
+    if recipe.encoder.first_items == "counts" and release.round == config.blocks:
+        parts = make_parts(recipe)
+        weights = unflatten(state.weights_P, parts.layout)
+        state = replace(state, weights_P=flatten(weights | {ITEMS: spectral_items(counts, weights[ITEMS], seed=recipe.seed)}, parts.layout))
+    return state
 
 
 def _noised(release: Release, declared: DeclaredSum, totals: Totals) -> NDArray[np.float32]:

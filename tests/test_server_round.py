@@ -11,10 +11,12 @@ import torch
 from small import PLAN, recipe_of, small_config, small_dataset, train
 
 from fedssl.config import RunConfig, ServerConfig, check
+from fedssl.counts import Counts
 from fedssl.errors import ConfigError
 from fedssl.parts import make_parts
 from fedssl.server_optimizers import average_late
 from fedssl.server_round import State, first_state
+from fedssl.spectral import spectral_items
 from fedssl.weights import ITEMS, flatten
 
 FEW: dict[str, Any] = {"task": [{"name": "next-item", "negatives": 1}], "server": {"cohort": 2, "schedule": "constant"}}
@@ -103,3 +105,26 @@ def test_an_optimiser_that_ships_learns_in_a_whole_run(name: str):
     losses = [fact.loss for fact in facts if fact.loss is not None]
     assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
     assert bool(after.weights_P.isfinite().all())
+
+
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_item_vectors_begin_with_the_counts_where_the_recipe_says_so(blocks: int):
+    dataset = small_dataset()
+    config = small_config({"encoder": {"first_items": "counts"}, "counts": {"blocks": blocks}, "server": {"rounds": 1}})
+    before = first_state(recipe_of(config, dataset))
+    states = states_of(config)
+    recipe = recipe_of(config, dataset)
+    counted = states[blocks - 1]
+    assert isinstance(counted.counts, Counts)
+    assert torch.equal(counted.weights(recipe)[ITEMS], spectral_items(counted.counts, before.weights(recipe)[ITEMS], seed=recipe.seed))
+    for state in states[: blocks - 1]:
+        assert torch.equal(state.weights_P, before.weights_P)
+    random = states_of(small_config({"counts": {"blocks": blocks}, "server": {"rounds": 1}}))
+    assert torch.equal(random[blocks - 1].weights_P, before.weights_P)
+
+
+@pytest.mark.parametrize("has_plan", [False, True], ids=["no counts", "a plan"])
+def test_first_items_of_counts_need_counts_without_a_plan(has_plan: bool):
+    values = small_config(PLAN, {"counts": {"clip_norm": 1.0}, "privacy": {"counts_noise_multiplier": 1.0}}) if has_plan else small_config()
+    with pytest.raises(ConfigError, match=r"first_items = 'counts' needs a \[counts\] section without a privacy plan; .*random.*distillation"):
+        check(RunConfig, values.model_dump(exclude_unset=True) | {"encoder": {"first_items": "counts"}}, where="test")

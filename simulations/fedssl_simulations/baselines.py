@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedssl.config import CountsConfig, RunConfig
-from fedssl.counts import CountsScorer, from_cells, sum_transitions
+from fedssl.counts import CountsScorer
 from fedssl.data.dataset import Dataset
 from fedssl.data.histories import Histories
 from fedssl.evaluation import Scorer, evaluate
 from fedssl.recipe import make_recipe
 from fedssl.recommender import Recommender
-from fedssl_simulations.central import each_alone, train_centrally
+from fedssl_simulations.central import count_all, each_alone, train_centrally
 from fedssl_simulations.scorers import co_occurrence, markov, popularity
 
 LOG_LIFT = CountsConfig(lags=6, decay=0.8, context=6, context_decay=0.6, form="log-lift", scale=0.5, clip_norm=1.0)
@@ -69,9 +69,7 @@ def _makers(config: RunConfig, dataset: Dataset) -> Iterator[tuple[str, Callable
 
 def counts_alone(histories: Histories, num_items: int, config: CountsConfig) -> Scorer:
     """A recommender that only counts: everybody's transitions, summed without noise."""
-    step = 2.0**-24
-    sparse, _ = sum_transitions(histories, np.arange(histories.num_users), config, num_items=num_items, step=step)
-    scorer = CountsScorer(from_cells(sparse.rows, sparse.columns, sparse.values * step, num_items=num_items), config)
+    scorer = CountsScorer(count_all(histories, config, num_items=num_items), config)
 
     def score(past: Sequence[NDArray[np.int32]], users: NDArray[np.int64]) -> Tensor:
         return torch.from_numpy(scorer(past))

@@ -16,14 +16,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedssl.config import CountsConfig
+from fedssl.counts import Counts, from_cells, keep_top, sum_transitions
 from fedssl.data.histories import Histories
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.local_training import Batch, make_batch, train_users
 from fedssl.parts import initial_weights, make_parts
 from fedssl.privacy.keys import cohort_of_pass
+from fedssl.privacy.manifest import declared_sums
 from fedssl.recipe import Recipe
 from fedssl.recommender import Recommender
 from fedssl.server_optimizers import average_late, learning_rate
+from fedssl.spectral import spectral_items
 from fedssl.weights import ITEMS, Weights, flatten, unflatten
 
 
@@ -32,11 +36,17 @@ def train_centrally(recipe: Recipe, histories: Histories, *, on_step: Callable[[
 
     A batch holds one window of each of ``cohort`` users, every user once a pass; the loss is the mean over all positions of
     the batch; then one step of the recipe's optimiser. This is what central training of such a model is: no user is clipped,
-    rounded or weighed. Late weights are averaged where the recipe averages late rounds.
+    rounded or weighed. Late weights are averaged where the recipe averages late rounds, and item vectors begin as the recipe's do.
     """
     parts = make_parts(recipe)
     local = recipe.local.model_copy(update={"steps": 1, "lr": 1.0, "weight_decay": 0.0, "reduction": "mean"})
-    flat_P = flatten(initial_weights(recipe), parts.layout)
+    weights = initial_weights(recipe)
+    if recipe.encoder.first_items == "counts":
+        assert recipe.counts is not None
+        step = declared_sums(recipe, "counts", num_weights=0)["counts"].step
+        counts = count_all(histories, recipe.counts, num_items=recipe.num_items, step=step)
+        weights[ITEMS] = spectral_items(counts, weights[ITEMS], seed=recipe.seed)
+    flat_P = flatten(weights, parts.layout)
     average_P: Tensor | None = None
     memory = parts.optimizer.init(parts.layout.num_weights)
     users_a_batch = max(1, min(round(recipe.server.cohort), histories.num_users))
@@ -85,6 +95,12 @@ def _as_one_user(batch: Batch) -> Batch:
         bias_UN=None,
         positions_U=batch.positions_U.sum(keepdims=True),
     )
+
+
+def count_all(histories: Histories, config: CountsConfig, *, num_items: int, step: float = 2.0**-24) -> Counts:
+    """Everybody's transitions, summed without noise."""
+    sparse, _ = sum_transitions(histories, np.arange(histories.num_users), config, num_items=num_items, step=step)
+    return keep_top(from_cells(sparse.rows, sparse.columns, sparse.values * step, num_items=num_items), config.top)
 
 
 def each_alone(

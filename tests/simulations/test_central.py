@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from fedssl_simulations.central import each_alone, train_centrally
-from small import recipe_of, small_config, small_dataset
+from small import recipe_of, small_config, small_dataset, train
 
-from fedssl.parts import make_parts
-from fedssl.weights import flatten
+from fedssl.parts import initial_weights, make_parts
+from fedssl.weights import ITEMS, flatten
 
 
 def trained(**server: Any) -> torch.Tensor:
@@ -21,6 +21,15 @@ def test_where_the_recipe_averages_late_rounds_central_training_averages_late_ba
     second, third, mean = trained(rounds=2), trained(rounds=3), trained(rounds=3, average_from=2)
     assert not torch.equal(second, third)
     torch.testing.assert_close(mean, (second + third) / 2)
+
+
+def test_item_vectors_begin_where_those_of_the_federation_begin():
+    config = small_config({"encoder": {"first_items": "counts"}, "counts": {"scale": 1.0, "top": 9}, "server": {"rounds": 1, "lr": 1e-30}})
+    recipe, dataset = recipe_of(config, small_dataset()), small_dataset()
+    central, _ = train_centrally(recipe, dataset.histories)
+    federated, _ = train(config, dataset)
+    assert torch.equal(central[ITEMS], federated.weights(recipe)[ITEMS])
+    assert not torch.equal(central[ITEMS], initial_weights(recipe)[ITEMS])
 
 
 def test_who_trains_alone_is_pulled_to_nobody():
