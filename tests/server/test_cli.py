@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import stat
+from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from commands import fedssl, write_tiny
@@ -13,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from fedssl_server.link import FLOWER_APP, Link
 from fedssl_server.operate import begin_run, run_to_end, state_of
 from fedssl_server.run_settings import HALT
+from flwr.cli.build import build_fab_from_disk
 
 from fedssl.catalogue import Catalogue, write_catalogue
 from fedssl.errors import FedSSLError, RunFolderError
@@ -84,3 +87,6 @@ def test_state_counts_what_was_refused_and_passes_over_half_a_line(tmp_path: Pat
 
 def test_no_code_travels():
     assert sorted(path.name for path in FLOWER_APP.iterdir()) == ["README.md", "pyproject.toml"]
+    # What Flower itself packs and sends: these two, and its own list of them.
+    with ZipFile(BytesIO(build_fab_from_disk(FLOWER_APP))) as packed:
+        assert sorted(packed.namelist()) == [".info/CONTENT", "README.md", "pyproject.toml"]
