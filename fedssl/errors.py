@@ -18,6 +18,10 @@ class DataError(FedSSLError):
     """A file of histories is missing, empty, malformed, or not of the format it was said to be."""
 
 
+class LedgerBehind(DataError):
+    """A device's ledger of uploads was put back to an older one, so what was spent since is unknown. The name itself may leave the device."""
+
+
 class CatalogueMismatch(FedSSLError):
     """Weights, counts or histories speak of another catalogue than the one at hand."""
 

@@ -35,6 +35,8 @@ MAX_NAME = 1000
 
 Kind = Literal["download", "upload", "hello"]
 Tensors = dict[str, NDArray[Any]]
+LedgerHead = tuple[int, bytes]
+"""How many rows a node's ledger of uploads has, and the chain of the last one (`fedssl.privacy.uploads.UploadLedger.head`)."""
 _DTYPES = {"I32": "int32", "I64": "int64", "F32": "float32"}
 _PARTS = ("rows", "columns", "values")
 # Raw little-endian numbers. Flower's own "numpy.ndarray" means the .npy format, which costs a copy each way.
@@ -105,6 +107,24 @@ def with_users(content: RecordDict, users: NDArray[np.int64] | None) -> RecordDi
     if users is not None:
         other["users"] = ArrayRecord({"users": _to_array(_plain(users, name="users"))})
     return other
+
+
+def with_ledger_head(content: RecordDict, head: LedgerHead | None) -> RecordDict:
+    """The same record, and beside it the head of a node's ledger of uploads: the newest that the server knows, or the node's own."""
+    if head is None:
+        return content
+    return RecordDict({**content, "ledger": ConfigRecord({"rows": head[0], "chain": head[1]})})
+
+
+def ledger_head_of(content: RecordDict) -> LedgerHead | None:
+    """The head that came beside a record; None where none did. Raises WireError for what is none."""
+    found = content.get("ledger")
+    if found is None:
+        return None
+    rows, chain = (found.get("rows"), found.get("chain")) if isinstance(found, ConfigRecord) else (None, None)
+    if type(rows) is not int or not 0 < rows < 2**63 or not isinstance(chain, bytes) or len(chain) != 32:
+        raise WireError("message: the head of a ledger is a number of rows and 32 bytes; was it written by fedssl?")
+    return rows, chain
 
 
 def download_from_record_dict(content: RecordDict) -> Download:

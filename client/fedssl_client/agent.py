@@ -137,12 +137,20 @@ class Agent:
         """The number under which the server knows this device."""
         return [self.policy.user]
 
-    def train(self, download: bytes, server: str, *, seconds: float, is_wanted: Callable[[], bool] = lambda: True) -> bytes:
-        """The Upload that answers a Download. Raises NotNow, OutsidePolicy or TrainingFailed, whose words may leave the device."""
+    def train(
+        self, download: bytes, server: str, *, seconds: float, is_wanted: Callable[[], bool] = lambda: True, known: tuple[int, bytes] | None = None
+    ) -> bytes:
+        """The Upload that answers a Download. Raises NotNow, OutsidePolicy or TrainingFailed, whose words may leave the device.
+
+        ``known``: the head of the ledger as the server last heard of it. Raises LedgerBehind where the ledger does not hold it.
+        """
         policy = self._policy()
         if not policy.consent.train or server not in policy.allow.servers or server not in self._history.servers():
             # The child would say so too, but a process that nobody asked for is not started.
             raise OutsidePolicy("this device's person has not agreed to train for this server")
+        if known is not None:
+            with opened_ledger(self.folder, self._history) as device:
+                device.ledger.check_holds(*known)
         started = now()
         try:
             return self._trainer.run(
@@ -157,6 +165,11 @@ class Agent:
         finally:
             self.load_model()
             _trim()
+
+    def ledger_head(self) -> tuple[int, bytes]:
+        """How many rows the ledger has, and the chain of the last one."""
+        with opened_ledger(self.folder, self._history) as device:
+            return device.ledger.head
 
     def close(self) -> None:
         """End the training that runs, and close the history."""

@@ -35,8 +35,11 @@ def train(message: Message, context: Context) -> Message:
         # From now on and not from when it was sent: the server's clock and this device's may be hours apart.
         seconds = message.metadata.ttl
         agent = _agent(context)
-        upload = run_trainer(download, _store(context), seconds=seconds) if agent is None else ask_agent(download, *agent, seconds=seconds)
-        return Message(wire.to_record_dict(wire.upload_from_bytes(upload)), reply_to=message)
+        if agent is None:
+            upload, head = run_trainer(download, _store(context), seconds=seconds), None
+        else:
+            upload, head = ask_agent(download, *agent, seconds=seconds, known=wire.ledger_head_of(message.content))
+        return Message(wire.with_ledger_head(wire.to_record_dict(wire.upload_from_bytes(upload)), head), reply_to=message)
     except FedSSLError as error:
         return _failed(message, error)
 
@@ -62,18 +65,22 @@ class TrainerFailed(FedSSLError):
     """The child process, or the agent, brought no Upload. Its words were chosen there and may leave the node."""
 
 
-def ask_agent(download: bytes, socket: str, server: str, *, seconds: float) -> bytes:
-    """The Upload that the agent at ``socket`` gives. Raises TrainerFailed with the agent's words: the policy's reasons, or that it is not now.
+def ask_agent(download: bytes, socket: str, server: str, *, seconds: float, known: wire.LedgerHead | None = None) -> tuple[bytes, wire.LedgerHead | None]:
+    """The Upload that the agent at ``socket`` gives, and the head of its ledger (None: of an agent that does not say it).
 
+    ``known``: that head, as the server last heard of it. Raises TrainerFailed with the agent's words: the policy's reasons, that it is not now, or that the
+    ledger was put back to an older one.
     Raises AgentError, whose words stay here, where no agent answers.
     """
     from fedssl_client.connection import AgentError, StatusCode, connect
 
-    its_own = (StatusCode.PERMISSION_DENIED, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED)
+    its_own = (StatusCode.PERMISSION_DENIED, StatusCode.FAILED_PRECONDITION, StatusCode.ABORTED, StatusCode.DATA_LOSS)
+    rows, chain = known or (0, b"")
     try:
         with connect(f"unix:{socket}", "Training") as agent:
-            upload: bytes = agent.ask("Train", seconds=seconds, fields={"server": server, "download": download, "seconds": seconds}).upload
-            return upload
+            fields = {"server": server, "download": download, "seconds": seconds, "known_rows": rows, "known_chain": chain}
+            reply = agent.ask("Train", seconds=seconds, fields=fields)
+            return reply.upload, (reply.ledger_rows, reply.ledger_chain) if reply.ledger_rows else None
     except AgentError as error:
         if error.code not in its_own:
             raise  # gRPC's words name the path.

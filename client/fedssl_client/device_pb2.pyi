@@ -131,17 +131,25 @@ class HelloReply(_message.Message):
     def __init__(self, users: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TrainRequest(_message.Message):
-    __slots__ = ("server", "download", "seconds")
+    __slots__ = ("server", "download", "seconds", "known_rows", "known_chain")
     SERVER_FIELD_NUMBER: _ClassVar[int]
     DOWNLOAD_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_ROWS_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_CHAIN_FIELD_NUMBER: _ClassVar[int]
     server: str
     download: bytes
     seconds: float
-    def __init__(self, server: _Optional[str] = ..., download: _Optional[bytes] = ..., seconds: _Optional[float] = ...) -> None: ...
+    known_rows: int
+    known_chain: bytes
+    def __init__(self, server: _Optional[str] = ..., download: _Optional[bytes] = ..., seconds: _Optional[float] = ..., known_rows: _Optional[int] = ..., known_chain: _Optional[bytes] = ...) -> None: ...
 
 class TrainReply(_message.Message):
-    __slots__ = ("upload",)
+    __slots__ = ("upload", "ledger_rows", "ledger_chain")
     UPLOAD_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_ROWS_FIELD_NUMBER: _ClassVar[int]
+    LEDGER_CHAIN_FIELD_NUMBER: _ClassVar[int]
     upload: bytes
-    def __init__(self, upload: _Optional[bytes] = ...) -> None: ...
+    ledger_rows: int
+    ledger_chain: bytes
+    def __init__(self, upload: _Optional[bytes] = ..., ledger_rows: _Optional[int] = ..., ledger_chain: _Optional[bytes] = ...) -> None: ...

@@ -20,7 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from fedssl.disk import writing
-from fedssl.errors import ConfigError, DataError, DiskError, FedSSLError
+from fedssl.errors import ConfigError, DataError, DiskError, FedSSLError, LedgerBehind
 from fedssl_client import device_pb2 as pb
 from fedssl_client.agent import Agent, NoModel, as_json
 from fedssl_client.device_folder import app_socket, check_private, read_token, training_socket
@@ -34,6 +34,7 @@ _CODES: list[tuple[type[FedSSLError], grpc.StatusCode]] = [
     (NotNow, grpc.StatusCode.FAILED_PRECONDITION),
     (NoModel, grpc.StatusCode.FAILED_PRECONDITION),
     (TrainingFailed, grpc.StatusCode.ABORTED),
+    (LedgerBehind, grpc.StatusCode.DATA_LOSS),
     (DataError, grpc.StatusCode.INVALID_ARGUMENT),
     (DiskError, grpc.StatusCode.RESOURCE_EXHAUSTED),
 ]
@@ -76,7 +77,10 @@ def training_answers(agent: Agent) -> dict[str, Answer]:
     """What the ClientApp may ask, and nothing else: it can reach neither the history nor the recommendations."""
 
     def train(asked: pb.TrainRequest, context: grpc.ServicerContext) -> pb.TrainReply:
-        return pb.TrainReply(upload=agent.train(asked.download, asked.server, seconds=asked.seconds, is_wanted=context.is_active))
+        known = (asked.known_rows, asked.known_chain) if asked.known_rows else None
+        upload = agent.train(asked.download, asked.server, seconds=asked.seconds, is_wanted=context.is_active, known=known)
+        rows, chain = agent.ledger_head()
+        return pb.TrainReply(upload=upload, ledger_rows=rows, ledger_chain=chain)
 
     return {"Hello": lambda asked, context: pb.HelloReply(users=agent.users()), "Train": train}
 

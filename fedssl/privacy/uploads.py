@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedssl.disk import erase_deleted, writing
-from fedssl.errors import BudgetSpent, DataError, DiskError, WireError
+from fedssl.errors import BudgetSpent, DataError, DiskError, LedgerBehind, WireError
 from fedssl.privacy import accounting
 from fedssl.privacy.keys import read_device_key, write_device_key
 from fedssl.records import Address, Download
@@ -190,10 +190,10 @@ class UploadLedger:
         return self._number, self._chain
 
     def check_holds(self, number: int, chain: bytes) -> None:
-        """Raises DataError where row ``number`` is not there, or is another: the file was put back to an older one."""
+        """Raises LedgerBehind where row ``number`` is not there, or is another: the file was put back to an older one."""
         found = self._file.execute("SELECT chain FROM uploads WHERE number = ?", (number,)).fetchone()
         if number and (found is None or not hmac.compare_digest(found[0], chain)):
-            raise DataError(
+            raise LedgerBehind(
                 f"{self.path}: {self._number} rows, and not the one numbered {number} that was there before; the ledger was put back to an older one, "
                 "what was spent since is unknown, so nothing is trained. Put the newest one back"
             )

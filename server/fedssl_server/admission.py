@@ -7,6 +7,7 @@ other shapes or dtypes (so nan), sums longer than the users that were asked can 
 - version: another format number, of an older fedssl or a newer one
 - names: sums that were not declared, or not all of them; form: another layout, type or shape, or no upload at all
 - coordinates, norm: larger than the users asked of that node can make
+- ledger: the node's ledger of what was spent is an older one than it had before (`ledger_heads`), by its own words or by what it sends
 - failed: the node says that it failed; missing: not reached, or no answer before the deadline
 - unasked: an answer that nobody waits for, such as a node's second one
 """

@@ -4,7 +4,8 @@ Everything is read from this process's environment, never from the run config, w
 ``FEDSSL_RUN_DIR`` (the run folder), ``FEDSSL_NODES`` (nodes to wait for, default 1), ``FEDSSL_NODES_SECONDS`` (how long, default
 300), ``FEDSSL_ROUND_SECONDS`` (how long a round waits for uploads, default 3600), ``FEDSSL_RECONNECT_SECONDS`` (for a node that dropped out, default
 0), ``FEDSSL_LEAST_FRACTION`` (of the asked nodes, default 0), ``FEDSSL_WHEN_FEWER`` (stop or continue, default stop), ``FEDSSL_USERS`` (their numbers
-are below it) and ``FEDSSL_USERS_OF_A_NODE`` (the most; both default 0: as the nodes say).
+are below it), ``FEDSSL_USERS_OF_A_NODE`` (the most; both default 0: as the nodes say) and ``FEDSSL_LEDGER_HEADS`` (the file of nodes' ledgers' heads; without
+it one in the run folder).
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Waits(TypedDict):
     goes_on: bool
     num_users: int
     most_users: int
+    ledger_heads: Path | None
 
 
 @app.main()
@@ -137,6 +139,7 @@ def _waits() -> Waits:
         "goes_on": fewer == "continue",
         "num_users": int(_number("FEDSSL_USERS", 0, may_be_0=True)),
         "most_users": int(_number("FEDSSL_USERS_OF_A_NODE", 0, may_be_0=True)),
+        "ledger_heads": Path(os.environ["FEDSSL_LEDGER_HEADS"]) if os.environ.get("FEDSSL_LEDGER_HEADS") else None,
     }
 
 

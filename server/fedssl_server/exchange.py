@@ -19,11 +19,12 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedssl import wire
-from fedssl.errors import UploadRefused, WireError
+from fedssl.errors import LedgerBehind, UploadRefused, WireError
 from fedssl.privacy.manifest import DeclaredSum
 from fedssl.records import Download, Upload
 from fedssl.server_round import Sums, add
 from fedssl_server.admission import admit
+from fedssl_server.ledger_heads import LedgerHeads
 
 REPLIES_AT_ONCE = 4
 """Replies asked for in one pull: a deployed Grid downloads all that are ready into a list."""
@@ -66,14 +67,27 @@ class Answers:
     waited: float = 0.0
 
 
-def ask(grid: Grid, download: Download, asked: Mapping[int, Asked], declared: Mapping[str, DeclaredSum], patience: Patience, kind: str = "train") -> Answers:
-    """Send a Download to every node of ``asked`` and add the uploads that are admitted. ``kind``: Flower's type of the message."""
+def ask(
+    grid: Grid,
+    download: Download,
+    asked: Mapping[int, Asked],
+    declared: Mapping[str, DeclaredSum],
+    patience: Patience,
+    *,
+    heads: LedgerHeads | None = None,
+    kind: str = "train",
+) -> Answers:
+    """Send a Download to every node of ``asked`` and add the uploads that are admitted. ``kind``: Flower's type of the message.
+
+    ``heads``: of the nodes' ledgers. Each node is told what is known of its own; those that come back are on the disk when this returns.
+    """
     answers, missing = Answers(), dict(asked)
     content = wire.to_record_dict(download)
 
     def message_to(node: int, seconds: float | None) -> Message:
         group = f"{download.address.phase} {download.address.round}"
-        return Message(wire.with_users(content, asked[node].users), node, kind, ttl=seconds, group_id=group)
+        known = None if heads is None else heads.known(node)
+        return Message(wire.with_ledger_head(wire.with_users(content, asked[node].users), known), node, kind, ttl=seconds, group_id=group)
 
     for item in _replies(grid, message_to, list(asked), patience):
         if isinstance(item, float):
@@ -86,6 +100,8 @@ def ask(grid: Grid, download: Download, asked: Mapping[int, Asked], declared: Ma
         most_users = missing.pop(node).most_users
         try:
             upload = _upload_of(reply)
+            if heads is not None:
+                heads.take(node, wire.ledger_head_of(reply.content))
             admit(upload, address=download.address, recipe=download.recipe.hash, declared=declared, most_users=most_users)
         except (UploadRefused, WireError) as error:
             answers.refused[node] = _in_short(error)
@@ -96,6 +112,8 @@ def ask(grid: Grid, download: Download, asked: Mapping[int, Asked], declared: Ma
     for node in missing:
         answers.refused[node] = "not reached, or no answer before the deadline"
         answers.kinds["missing"] += 1
+    if heads is not None:
+        heads.save()
     return answers
 
 
@@ -170,7 +188,7 @@ def _upload_of(reply: Message) -> Upload:
     if _is_lost(reply):
         raise UploadRefused(f"not reached: {reply.error.reason}", "missing")
     if reply.has_error():
-        raise UploadRefused(f"the node failed: {reply.error.reason}", "failed")
+        raise UploadRefused(f"the node failed: {reply.error.reason}", "ledger" if LedgerBehind.__name__ in str(reply.error.reason) else "failed")
     return wire.upload_from_record_dict(reply.content)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from fedssl.disk import write_whole
 from fedssl.errors import FedSSLError
 from fedssl_server.processes import Processes, flower_environment, listens, program
-from fedssl_server.server_folder import DATABASE, LOGS, SECRET, ServerSettings, node_keys, read_server
+from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSettings, node_keys, read_server
 
 FLOWER_APP = Path(__file__).parent / "flower_app"
 """All that `flwr run` packs and sends; it ships inside the package."""
@@ -77,7 +77,7 @@ class Link:
 
     def start_superexec(self, processes: Processes, run: Path) -> None:
         """Start what runs the ServerApp. The run folder reaches it through its process alone: a run config would go to every node."""
-        extra = {"FEDSSL_RUN_DIR": str(run.resolve()), **self.settings.environment}
+        extra = {"FEDSSL_RUN_DIR": str(run.resolve()), **self.settings.environment, "FEDSSL_LEDGER_HEADS": str(self.folder / HEADS)}
         guards = ["--root-certificates", str(self.ca), "--superexec-auth-secret-file", str(self.folder / SECRET)]
         command = [program("flower-superexec"), *guards, "--parent-pid", str(os.getpid()), "--runtime-api-address", self.address]
         processes.start("superexec", command, extra)

@@ -28,6 +28,7 @@ from fedssl.recipe import Recipe
 from fedssl.records import Address, Download
 from fedssl.server_round import Release, ServerPhase, State, Totals, phases_of, totals_of
 from fedssl_server.exchange import Asked, Patience, ask
+from fedssl_server.ledger_heads import LedgerHeads
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Run:
     reconnect_seconds: float = 0.0
     least_fraction: float = 0.0
     goes_on: bool = False
+    ledger_heads: LedgerHeads | None = None
 
     @cached_property
     def hosts_one(self) -> NDArray[np.bool_]:
@@ -212,7 +214,7 @@ def _exchanges(grid: Grid, run: Run, state: State, phase: ServerPhase, address: 
             tensors = phase.middle(state, totals, exchange - 1)
         download = Download(replace(address, exchange=exchange), run.recipe, tensors, None, settled, state.clip_norm)
         asked = {node: Asked(None if run.hosts_one[places[node]] else users, len(users)) for node, users in chosen.items()}
-        answers = ask(grid, download, asked, phase.declared(state, exchange), patience)
+        answers = ask(grid, download, asked, phase.declared(state, exchange), patience, heads=run.ledger_heads)
         down += sum(array.nbytes for array in tensors.values()) * len(asked)
         waited, up = waited + answers.waited, up + answers.upload_bytes
         refused |= answers.refused
@@ -273,7 +275,7 @@ def _evaluate(grid: Grid, run: Run, state: State, settled: int) -> dict[str, Any
     users_N = np.bincount(run.owner_U[run.owner_U >= 0], minlength=len(run.node_ids)).tolist()
     asked = {node: Asked(None, users) for node, users in zip(run.node_ids, users_N, strict=True) if users}
     declared = declared_sums(recipe, "evaluation", num_weights=0)
-    answers = ask(grid, download, asked, declared, Patience(run.deadline_seconds, run.reconnect_seconds), "evaluate")
+    answers = ask(grid, download, asked, declared, Patience(run.deadline_seconds, run.reconnect_seconds), heads=run.ledger_heads, kind="evaluate")
     found = metrics_of(totals_of(answers.sums), recipe.evaluation.ks)
     return {**found, "nodes": len(asked), "nodes_used": len(asked) - len(answers.refused), "refused_for": dict(answers.kinds)}
 

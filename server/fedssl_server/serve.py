@@ -25,9 +25,11 @@ from fedssl.privacy.plan import Plan, make_plan
 from fedssl.recipe import make_recipe
 from fedssl.round_lines import append_line, cut_back
 from fedssl.server_round import State, first_state, phases_of
+from fedssl_server.ledger_heads import LedgerHeads
 from fedssl_server.nodes import take_nodes
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
 from fedssl_server.run_settings import read_settings
+from fedssl_server.server_folder import HEADS
 
 
 def serve(
@@ -41,13 +43,15 @@ def serve(
     goes_on: bool = False,
     num_users: int = 0,
     most_users: int = 0,
+    ledger_heads: Path | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Run what is left of the run in ``folder`` and return where it stands then.
 
     ``users_of_node``: the stable numbers of the users each node hosts. ``deadline_seconds``: how long a round waits; None: for all.
     ``reconnect_seconds``, ``least_fraction``, ``goes_on``: of nodes that drop out (`exchange.Patience`, `rounds.Run`).
-    ``num_users``, ``most_users``: whom the run takes (`nodes.take_nodes`).
+    ``num_users``, ``most_users``: whom the run takes (`nodes.take_nodes`). ``ledger_heads``: the file of nodes' ledgers' heads, which outlives a run;
+    None: one in ``folder``.
 
     Guarantees:
       - stopped at any moment and called again, the weights are those of a run that was never stopped (without a plan, or
@@ -71,7 +75,7 @@ def serve(
     if begin.recipe.hash != recipe.hash:
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, central, begin.state)
-    waits = (deadline_seconds, reconnect_seconds, least_fraction, goes_on)
+    waits = (deadline_seconds, reconnect_seconds, least_fraction, goes_on, LedgerHeads(ledger_heads or folder / HEADS))
     run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, *waits)
     phases = phases_of(recipe, catalogue)
     lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)

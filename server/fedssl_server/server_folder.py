@@ -18,7 +18,7 @@ from fedssl.config import check_file
 from fedssl.disk import write_whole, writing
 from fedssl.errors import ConfigError
 
-FILE, DATABASE, SECRET, LOGS, CURRENT = "server.toml", "superlink.db", "superexec.secret", "logs", "current.json"
+FILE, DATABASE, SECRET, LOGS, CURRENT, HEADS = "server.toml", "superlink.db", "superexec.secret", "logs", "current.json", "ledger_heads.json"
 HERE = ("localhost", "127.0.0.1")
 _FIRST = """\
 # The server: where it listens, with which keys, for whom. Paths are relative to this file. All settings: server/README.md

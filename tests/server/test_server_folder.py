@@ -23,12 +23,14 @@ def test_what_server_toml_says_of_rounds_and_nodes_is_what_the_server_app_reads(
     folder = with_settings(tmp_path / "s", rounds=rounds, nodes={"most_users": 1, "users": 200})
     for name, value in read_server(folder).environment.items():
         monkeypatch.setenv(name, value)
-    told = {"deadline_seconds": 900.0, "reconnect_seconds": 120.0, "least_fraction": 0.5, "goes_on": True, "num_users": 200, "most_users": 1}
+    told: dict[str, object] = {"ledger_heads": None}
+    told |= {"deadline_seconds": 900.0, "reconnect_seconds": 120.0, "least_fraction": 0.5, "goes_on": True, "num_users": 200, "most_users": 1}
     assert door._waits() == told
 
 
 def test_where_it_says_nothing_a_round_waits_an_hour_for_all_and_takes_what_came(monkeypatch: pytest.MonkeyPatch):
-    nothing = {"deadline_seconds": 3600.0, "reconnect_seconds": 0.0, "least_fraction": 0.0, "goes_on": False, "num_users": 0, "most_users": 0}
+    nothing: dict[str, object] = {"ledger_heads": None}
+    nothing |= {"deadline_seconds": 3600.0, "reconnect_seconds": 0.0, "least_fraction": 0.0, "goes_on": False, "num_users": 0, "most_users": 0}
     assert door._waits() == nothing
     for name, value in ServerSettings().environment.items():
         monkeypatch.setenv(name, value)
