@@ -6,6 +6,7 @@ random states, and never a key.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ from fedssl.recipe import Recipe, read_recipe
 from fedssl.server_round import State
 from fedssl.weights import flatten, from_numpy, to_numpy
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT, WITHOUT_SUMS = 2, 1
 BEFORE_TRAINING = ("popularity", "counts", "distillation")
 """Phases that come before training, in order."""
 
@@ -99,7 +100,7 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         put_arrays(beside / "popularity.safetensors", {"popularity": state.popularity})
     (beside / "recipe.json").write_text(recipe.canonical)
     write_catalogue(checkpoint.catalogue, beside / "catalogue.jsonl")
-    about = {
+    about: dict[str, Any] = {
         "format": CHECKPOINT_FORMAT,
         "phase": state.phase,
         "round": state.round,
@@ -111,6 +112,8 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         "run": checkpoint.run,
         "fingerprint": checkpoint.fingerprint,
     }
+    about["sha256"] = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+    about["sha256"]["state.json"] = _sha256_of(about)
     (beside / "state.json").write_text(json.dumps(about, indent=1))
     for path in [*beside.iterdir(), beside]:
         sync(path)
@@ -169,7 +172,7 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
 def read_checkpoint(folder: Path) -> Checkpoint:
     """A checkpoint, checked against its own recipe and catalogue.
 
-    Raises CheckpointError where it is missing, cut short or of a newer format; CatalogueMismatch where its parts speak of
+    Raises CheckpointError where it is missing, cut short, changed in any bit or of a newer format; CatalogueMismatch where its parts speak of
     different catalogues.
     """
     if not folder.is_dir():
@@ -179,7 +182,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         number = about["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: state.json cannot be read ({error}); this is not a whole checkpoint, use another one") from None
-    if number != CHECKPOINT_FORMAT:
+    if number not in (CHECKPOINT_FORMAT, WITHOUT_SUMS):
         raise CheckpointError(f"{folder}: checkpoint format {number}, this version reads {CHECKPOINT_FORMAT}; install the fedssl that wrote it")
     try:
         recipe = read_recipe((folder / "recipe.json").read_text(), where=str(folder / "recipe.json"))
@@ -193,6 +196,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
         run, fingerprint = str(about["run"]), str(about["fingerprint"])
         clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
+        sums = {} if number == WITHOUT_SUMS else dict(about["sha256"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: cannot be read whole ({error}); it was cut short or changed, use another checkpoint") from None
     except DataError:
@@ -216,9 +220,30 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     _check_shapes(folder / "training.safetensors", training, dict(zip(layout.names, layout.shapes, strict=True)))
     expected = make_parts(recipe).optimizer.init(layout.num_weights)
     _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
+    if number != WITHOUT_SUMS:
+        _check_bytes(folder, about, sums)
     average_P = flatten(from_numpy(weights), layout) if has_average else None
     state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P, clip_norm, popularity.get("popularity"))
     return Checkpoint(state, recipe, catalogue, run, fingerprint)
+
+
+def _check_bytes(folder: Path, about: dict[str, Any], sums: dict[str, str]) -> None:
+    """Whether every file is, bit for bit, the one that was written. ``sums``: what state.json says of each."""
+    files = {name: one for name, one in sums.items() if name != "state.json"}
+    # First the file that names the others.
+    for name in ("state.json", *files):
+        found = _sha256(folder / name) if name in files else _sha256_of({**about, "sha256": files})
+        if found != sums.get(name):
+            raise CheckpointError(f"{folder / name}: not the bytes that were written (SHA-256); it was changed or the disk errs, use another checkpoint")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def _check_shapes(path: Path, found: dict[str, NDArray[Any]], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -107,7 +107,7 @@ def test_weights_of_training_that_are_missing_cut_or_of_another_shape_are_refuse
 
 def test_no_key_and_no_pickle_is_in_a_checkpoint(tmp_path: Path):
     target = write_checkpoint(tmp_path, trained())
-    told = {"format", "phase", "round", "charged", "counts", "popularity", "average", "clip_norm", "run", "fingerprint"}
+    told = {"format", "phase", "round", "charged", "counts", "popularity", "average", "clip_norm", "run", "fingerprint", "sha256"}
     assert json.loads((target / "state.json").read_text()).keys() == told
     assert not [path for path in target.iterdir() if path.suffix in (".pt", ".pkl", ".key", ".npy")]
 
@@ -221,6 +221,40 @@ def test_a_file_that_was_cut_short_is_refused(name: str, keep: float, tmp_path: 
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_anywhere_is_noticed(name: str, tmp_path: Path):
+    target = write_checkpoint(tmp_path, trained())
+    raw = (target / name).read_bytes()
+    for place in np.random.default_rng(0).integers(0, len(raw), 60):
+        flipped = bytearray(raw)
+        flipped[place] ^= 1 << int(place) % 8
+        (target / name).write_bytes(flipped)
+        with pytest.raises((CheckpointError, CatalogueMismatch)):
+            read_checkpoint(target)
+    (target / name).write_bytes(raw)
+    read_checkpoint(target)
+
+
+def test_a_flipped_bit_in_an_array_is_said_with_its_file(tmp_path: Path):
+    def flip(target: Path) -> None:
+        raw = bytearray((target / "optimizer.safetensors").read_bytes())
+        raw[-3] ^= 1
+        (target / "optimizer.safetensors").write_bytes(raw)
+
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors: not the bytes that were written"):
+        read_checkpoint(broken(tmp_path, flip))
+
+
+def test_a_checkpoint_of_a_version_without_sums_is_read(tmp_path: Path):
+    def older(target: Path) -> None:
+        about = json.loads((target / "state.json").read_text())
+        del about["sha256"]
+        about["format"] = 1
+        (target / "state.json").write_text(json.dumps(about))
+
+    assert read_checkpoint(broken(tmp_path, older)).state.round == 2
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_a_missing_file_is_refused(name: str, tmp_path: Path):
     with pytest.raises(CheckpointError, match=name.split(".")[0]):
         read_checkpoint(broken(tmp_path, lambda target: (target / name).unlink()))
@@ -242,8 +276,8 @@ def with_json(name: str, **values: Any) -> Callable[[Path], None]:
 
 
 def test_a_newer_format_says_what_to_install(tmp_path: Path):
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1; install the fedssl that wrote it"):
-        read_checkpoint(broken(tmp_path / "state", with_json("state.json", format=2)))
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2; install the fedssl that wrote it"):
+        read_checkpoint(broken(tmp_path / "state", with_json("state.json", format=3)))
     with pytest.raises(CheckpointError, match="recipe format 9, this version reads 1; install the fedssl that wrote it"):
         read_checkpoint(broken(tmp_path / "recipe", with_json("recipe.json", format=9)))
 

@@ -151,10 +151,10 @@ def test_a_checkpoint_of_another_catalogue_is_refused(tmp_path: Path, tiny: Path
 def test_a_checkpoint_of_a_newer_format_says_what_to_install(tmp_path: Path, tiny: Path, capsys: pytest.CaptureFixture[str]):
     newer = tmp_path / "round-000003"
     shutil.copytree(checkpoint(tiny), newer)
-    (newer / "state.json").write_text((newer / "state.json").read_text().replace('"format": 1', '"format": 2'))
+    (newer / "state.json").write_text((newer / "state.json").read_text().replace('"format": 2', '"format": 3'))
     assert fedssl("evaluate", newer, tiny / "run.toml") == 1
     said = capsys.readouterr().err
-    assert "format 2" in said
+    assert "format 3" in said
     assert "install" in said
 
 
