@@ -144,6 +144,12 @@ class HeadConfig(Settings):
 
     name: Literal["none", "user-vector"] = Field("none", description="none, or user-vector: one vector added to the hidden state (FedPer)")
     lr: float = Field(1.0, gt=0.0, description="Step size of the head's local SGD")
+    history: float = Field(
+        0.0,
+        ge=0.0,
+        description="Factor of the mean of the person's own item vectors, added to the hidden state: so far in the window in training, of the whole history in "
+        "a recommendation; nothing is kept for it. For causal encoders; 0: none",
+    )
 
 
 class LocalConfig(Settings):

@@ -62,11 +62,12 @@ class _Graph:
         return self("LayerNormalization", x, f"{name}.gain", f"{name}.bias", axis=-1, epsilon=1e-5)
 
 
-def encoder_graph(config: EncoderConfig, weights: Mapping[str, NDArray[np.float32]], about: Mapping[str, str] | None = None) -> bytes:
+def encoder_graph(config: EncoderConfig, weights: Mapping[str, NDArray[np.float32]], about: Mapping[str, str] | None = None, *, history: float = 0.0) -> bytes:
     """A model file. ``weights``: the encoder's leaves and the table "items" (I + 1, D). ``about``: words that stand in its metadata.
 
     Inputs: ``rows`` (L,) int64, the newest events, oldest first, 1 <= L <= window, a single 0 where there is none; ``head`` (D,), added to
-    the hidden state. Outputs: ``scores`` (I + 1,), of which the first means nothing, and ``hidden`` (D,), without the head.
+    the hidden state; and where ``history`` (of `[head]`) is not 0 ``met`` (H,) int64, the whole history, a single 0 where there is none.
+    Outputs: ``scores`` (I + 1,), of which the first means nothing, and ``hidden`` (D,), without heads.
 
     Raises ConfigError for an encoder that does not ship: nobody wrote its graph.
     """
@@ -80,13 +81,19 @@ def encoder_graph(config: EncoderConfig, weights: Mapping[str, NDArray[np.float3
     has_history = graph("Cast", graph("Greater", newest, graph.array(0, dtype=np.int64)), to=TensorProto.FLOAT)
     hidden = graph("Mul", hidden, has_history)
     graph.nodes.append(helper.make_node("Identity", [hidden], ["hidden"]))
-    personal = graph("Unsqueeze", graph("Add", hidden, "head"), graph.ints(1))
+    inputs = [helper.make_tensor_value_info("rows", TensorProto.INT64, ["L"]), helper.make_tensor_value_info("head", TensorProto.FLOAT, [config.width])]
+    personal = graph("Add", hidden, "head")
+    if history:
+        inputs.append(helper.make_tensor_value_info("met", TensorProto.INT64, ["H"]))
+        mean = graph("ReduceMean", graph("Gather", ITEMS, "met", axis=0), graph.ints(0), keepdims=0)
+        personal = graph("Add", personal, graph("Mul", graph("Mul", mean, graph.floats(history)), has_history))
+    personal = graph("Unsqueeze", personal, graph.ints(1))
     graph.nodes.append(helper.make_node("Squeeze", [graph("MatMul", ITEMS, personal), graph.ints(1)], ["scores"]))
     rows, width = len(weights[ITEMS]), config.width
     made = helper.make_graph(
         graph.nodes,
         "encoder",
-        [helper.make_tensor_value_info("rows", TensorProto.INT64, ["L"]), helper.make_tensor_value_info("head", TensorProto.FLOAT, [width])],
+        inputs,
         [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [rows]), helper.make_tensor_value_info("hidden", TensorProto.FLOAT, [width])],
         list(graph.arrays.values()),
     )

@@ -16,6 +16,7 @@ from fedssl.encoders.gru4rec import gru4rec
 from fedssl.encoders.hgrn import hgrn
 from fedssl.encoders.sasrec import sasrec
 from fedssl.errors import ConfigError
+from fedssl.heads.history import with_history
 from fedssl.names import find
 from fedssl.recipe import Recipe
 from fedssl.server_optimizers import ServerOptimizer, adagrad, adam, adamw, sgd, yogi
@@ -32,9 +33,10 @@ SERVER_OPTIMIZERS: dict[str, Callable[[ServerConfig], ServerOptimizer]] = {"sgd"
 
 
 class Parts(NamedTuple):
-    """What a recipe names, made."""
+    """What a recipe names, made. ``plain_encoder``: without what `[head] history` adds to hidden states."""
 
     encoder: Encoder
+    plain_encoder: Encoder
     tasks: tuple[tuple[Task, float], ...]
     optimizer: ServerOptimizer
     layout: Layout
@@ -54,8 +56,14 @@ def make_parts(recipe: Recipe) -> Parts:
                 f"task '{config.name}' reads several windows of a user in one loss, so no window can be clipped alone; under privacy.mode = 'window' "
                 "use a task that declares is_by_window (next-item, previous-item, masked-item), or protect the whole user with mode = 'central' or 'local'"
             )
+    if recipe.head.history and not encoder.is_causal:
+        raise ConfigError(
+            f"[head] history = {recipe.head.history:g} is the mean of what came before, and '{recipe.encoder.name}' reads both ways; "
+            "set it to 0, or use a causal encoder such as sasrec"
+        )
     return Parts(
-        encoder=encoder,
+        encoder=with_history(encoder, recipe.head.history) if recipe.head.history else encoder,
+        plain_encoder=encoder,
         tasks=tuple((task, config.weight) for config, task in tasks),
         optimizer=find(SERVER_OPTIMIZERS, recipe.server.optimizer, what="server optimiser")(recipe.server),
         layout=layout_of(initial_weights(recipe)),

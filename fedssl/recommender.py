@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedssl.counts import Counts, CountsScorer
+from fedssl.heads.history import history_vectors
 from fedssl.item_table import ItemTable
 from fedssl.lift import LiftScorer, LiftTable
 from fedssl.local_training import UsersModel
@@ -35,7 +36,7 @@ class Recommender:
 
     def __init__(self, recipe: Recipe, weights: Weights, counts: Counts | LiftTable | None = None, *, heads: Heads | None = None):
         self._recipe, self._weights, self._heads = recipe, weights, heads
-        self._encoder = make_parts(recipe).encoder
+        self._encoder = make_parts(recipe).plain_encoder
         self._counts: CountsScorer | LiftScorer | None = None
         if counts is not None and recipe.counts is not None:
             self._counts = LiftScorer(counts, recipe.counts) if isinstance(counts, LiftTable) else CountsScorer(counts, recipe.counts)
@@ -53,15 +54,17 @@ class Recommender:
 
     @torch.no_grad()
     def encoder_scores(self, histories: Sequence[NDArray[np.integer[Any]]], users: NDArray[np.int64]) -> Tensor:
-        """Scores of the encoder alone, with the head where there is one. Shape: (n, I + 1)."""
+        """Scores of the encoder alone, with the heads where there are any. Shape: (n, I + 1)."""
         hidden_ND = self.encode(histories)
         if self._heads is not None:
             hidden_ND = hidden_ND + torch.from_numpy(self._heads(users))
+        if self._recipe.head.history:
+            hidden_ND = hidden_ND + self._recipe.head.history * history_vectors(histories, self._weights[ITEMS])
         return hidden_ND @ self._weights[ITEMS].T
 
     @torch.no_grad()
     def encode(self, histories: Sequence[NDArray[np.integer[Any]]]) -> Tensor:
-        """The hidden state after each history, (n, D); zero after an empty one."""
+        """The hidden state after each history, (n, D), without heads; zero after an empty one."""
         window = self._recipe.encoder.window
         widest = max(min(max((len(rows) for rows in histories), default=0), window), 1)
         rows_NL = np.zeros((len(histories), widest), dtype=np.int64)

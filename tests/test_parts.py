@@ -89,3 +89,11 @@ def test_a_task_that_cannot_train_the_encoder_is_refused_with_what_to_use(encode
     suitable = "masked-item" if encoder == "bert4rec" else "next-item"
     parts = make_parts(recipe(encoder={"name": encoder, **widths}, task=[{"name": task, "weight": 0.0}, {"name": suitable}, {"name": "contrastive"}]))
     assert len(parts.tasks) == 2
+
+
+def test_the_mean_of_a_history_is_refused_for_an_encoder_that_reads_both_ways():
+    both_ways = {"encoder": {"name": "bert4rec"}, "task": [{"name": "masked-item"}]}
+    with pytest.raises(ConfigError, match=r"\[head\] history = 2 is the mean of what came before, and 'bert4rec' reads both ways; set it to 0"):
+        make_parts(recipe(head={"history": 2.0}, **both_ways))
+    parts = make_parts(recipe(head={"history": 2.0}))
+    assert parts.encoder is not parts.plain_encoder and make_parts(recipe()).encoder is make_parts(recipe()).plain_encoder

@@ -8,7 +8,7 @@ import torch
 from oracles.loop_over_users import encode as encode_plainly
 from torch import Tensor
 
-from fedssl.config import CountsConfig, EncoderConfig, RunConfig
+from fedssl.config import CountsConfig, EncoderConfig, HeadConfig, RunConfig
 from fedssl.counts import Counts, CountsScorer, from_cells
 from fedssl.parts import initial_weights
 from fedssl.recipe import Recipe, make_recipe
@@ -100,3 +100,13 @@ def test_empty_histories_and_no_history_at_all_score_without_a_crash():
     empty = np.zeros(0, dtype=np.int32)
     assert recommender([empty, empty], np.array([0, 1]))["score"].tolist() == [[0.0] * (NUM_ITEMS + 1)] * 2
     assert recommender([], np.zeros(0, dtype=np.int64))["score"].shape == (0, NUM_ITEMS + 1)
+
+
+def test_the_mean_of_the_whole_history_is_added_and_not_that_of_the_window():
+    plain = recipe_with()
+    recipe = plain.model_copy(update={"head": HeadConfig(history=2.0)})
+    weights = weights_of(plain)
+    without, found = (Recommender(one, weights)(HISTORIES, USERS)["score"] for one in (plain, recipe))
+    for place, history in enumerate(HISTORIES):
+        mean_D = weights[ITEMS][history.astype(np.int64)].mean(0) if len(history) else torch.zeros(D)
+        torch.testing.assert_close(found[place], without[place] + 2.0 * weights[ITEMS] @ mean_D, rtol=1e-4, atol=1e-5)

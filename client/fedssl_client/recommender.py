@@ -72,8 +72,10 @@ class DeviceRecommender:
         recipe = self.recipe
         if self._counts is not None and not recipe.server.rounds and recipe.distillation is None:
             return self._counted(rows)
-        newest = rows[-recipe.encoder.window :] if len(rows) else np.zeros(1, dtype=np.int64)
-        asked = {"rows": newest, "head": self._no_head if head_D is None else head_D}
+        met = rows if len(rows) else np.zeros(1, dtype=np.int64)
+        asked = {"rows": met[-recipe.encoder.window :], "head": self._no_head if head_D is None else head_D}
+        if recipe.head.history:
+            asked["met"] = met
         encoded: NDArray[np.float32] = self._session.run(["scores"], asked)[0]
         if self._counts is None:
             return encoded

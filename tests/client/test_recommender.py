@@ -72,6 +72,15 @@ def test_scores_are_those_of_the_torch_recommender_with_the_head_merged_in(encod
             np.testing.assert_allclose(device.scores(rows, head), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_the_mean_of_a_history_longer_than_the_window_is_that_of_the_torch_recommender(tmp_path: Path):
+    recipe = recipe_of("hgrn", head={"history": 2.5})
+    device = on_device(tmp_path / "model", recipe)
+    for history in HISTORIES:
+        rows = np.array(history, dtype=np.int64)
+        wanted = Recommender(recipe, weights_of(recipe))([rows], np.zeros(1, np.int64))["score"][0].numpy()
+        np.testing.assert_allclose(device.scores(rows), wanted, rtol=1e-5, atol=1e-5)
+
+
 PLAN = {"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "counts_noise_multiplier": 1.0}}
 
 

@@ -1,0 +1,55 @@
+"""What a personal head is worth: runs with and without it on the same seeds, compared user by user.
+
+Runs are rows of results/paired_runs.jsonl and are not run again. A comparison, a row of results/head_gains.jsonl, says how NDCG@10 `unseen` of the
+test differs, and the mean of 1 / rank over the tenth of users who are served worst.
+
+    python simulations/benchmarks/heads.py ml-100k --seed 1 2 3        (needs ml-100k.inter.gz where $FEDSSL_DATA points)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import results
+from fedssl_simulations.run_files import read_run
+from paired import gain, ndcg, ranks_of, row_of, said, worst_tenth
+
+from fedssl.config import HeadConfig
+from fedssl.data.dataset import load_dataset
+
+NONE = "no head"
+HEADS = {
+    "history": HeadConfig(history=3.0),
+    "user vector": HeadConfig(name="user-vector", lr=2.0),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="ml-100k")
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--only", action="append", default=[], help="this head beside none; may be repeated")
+    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
+    arguments = parser.parse_args()
+    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
+    configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
+    arms = {}
+    for name, head in {NONE: HeadConfig(), **HEADS}.items():
+        if name == NONE or not arguments.only or name in arguments.only:
+            arms[name] = [row_of(name, arguments.preset, config.model_copy(update={"head": head}), dataset, arguments.runs) for config in configs]
+    for name, rows in arms.items():
+        if name == NONE:
+            continue
+        before, after = ranks_of(arms[NONE]), ranks_of(rows)
+        gains = {"NDCG@10": gain(ndcg, before, after), "worst tenth, mean of 1 / rank": gain(worst_tenth, before, after)}
+        about = {"preset": arguments.preset, "name": name, "seeds": arguments.seed, "runs": [row["settings"] for row in (*arms[NONE], *rows)]}
+        if results.newest("head_gains", **about) is None:
+            results.append("head_gains", {**about, "gains": gains})
+        for what, one in gains.items():
+            print(f"{arguments.preset}, {name}: {what} unseen of the test {said(one)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

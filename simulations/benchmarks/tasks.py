@@ -1,0 +1,94 @@
+"""What a task beside next item is worth: runs with and without it on the same seeds, compared user by user.
+
+Runs are rows of results/paired_runs.jsonl and are not run again. A comparison, a row of results/task_gains.jsonl, says how NDCG@10 `unseen` of
+the test differs, for all and for users with short histories, and after how many rounds a run validates as well as 95 % of what next
+item alone reaches in the end.
+
+    python simulations/benchmarks/tasks.py ml-100k --seed 1 2 3        (needs ml-100k.inter.gz where $FEDSSL_DATA points)
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+from fedssl_simulations.run_files import read_run
+from paired import gain, ndcg, ranks_of, row_of, said
+
+from fedssl.config import RunConfig, TaskConfig
+from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.evaluation import SHORT_HISTORY
+
+ALONE = "next item"
+LONGER = "next item, 1.6 times the rounds"
+"""About as many seconds as two tasks take."""
+BESIDE = {
+    "previous item": TaskConfig(name="previous-item", weight=0.5),
+    "contrast": TaskConfig(name="contrastive", weight=0.1, negatives=8),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="ml-100k")
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--only", action="append", default=[], help="this arm beside next item alone; may be repeated")
+    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
+    arguments = parser.parse_args()
+    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for name in (ALONE, LONGER, *BESIDE):
+        if name == ALONE or not arguments.only or name in arguments.only:
+            configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
+            arms[name] = [row_of(name, arguments.preset, arm(name, config), dataset, arguments.runs) for config in configs]
+    for name, rows in arms.items():
+        if name != ALONE:
+            compare(arguments.preset, name, arms[ALONE], rows, dataset)
+
+
+def arm(name: str, config: RunConfig) -> RunConfig:
+    """A preset's settings with what the name says; the next item's negatives are shared with the task beside it."""
+    server = config.server
+    if name == LONGER:
+        server = server.model_copy(update={"rounds": round(1.6 * server.rounds)})
+    task = config.task
+    if name in BESIDE:
+        beside = BESIDE[name]
+        first, *others = task
+        if beside.name == "previous-item" and first.negatives:
+            first = first.model_copy(update={"negatives": first.negatives // 2})
+            beside = beside.model_copy(update={"negatives": first.negatives})
+        task = (first, *others, beside)
+    return config.model_copy(update={"server": server, "task": task})
+
+
+def compare(preset: str, name: str, before: list[dict[str, Any]], after: list[dict[str, Any]], dataset: Dataset) -> None:
+    """Append and print what an arm is worth."""
+    ranks = ranks_of(before), ranks_of(after)
+    users = np.arange(dataset.histories.num_users) if before[0]["users"] is None else np.array(before[0]["users"])
+    is_short = dataset.histories.training_lengths[users] < SHORT_HISTORY
+    found = {"all users": gain(ndcg, *ranks)}
+    if is_short.any():
+        found[f"fewer than {SHORT_HISTORY} events"] = gain(ndcg, *(each[:, is_short] for each in ranks))
+    wanted = [0.95 * row["validation"]["unseen"]["ndcg@10"] for row in before]
+    rounds = [[reached(row, goal) for row, goal in zip(rows, wanted, strict=True)] for rows in (before, after)]
+    about = {"preset": preset, "name": name, "seeds": [row["seed"] for row in before], "runs": [row["settings"] for row in (*before, *after)]}
+    if results.newest("task_gains", **about) is None:
+        results.append("task_gains", {**about, "gains": found, "rounds_to_95": rounds})
+    for who, one in found.items():
+        print(f"{preset}, {name} beside next item, {who}: NDCG@10 unseen of the test {said(one)}")
+    print(f"  rounds until 95 % of the last validation of next item alone: {rounds[0]} alone, {rounds[1]} beside it", flush=True)
+
+
+def reached(row: dict[str, Any], goal: float) -> int | None:
+    """The first validated round that is as good as ``goal``; None where none is."""
+    points = [*row["curve"], [row["rounds"], row["validation"]["unseen"]["ndcg@10"]]]
+    return next((number for number, value in points if value >= goal), None)
+
+
+if __name__ == "__main__":
+    main()
