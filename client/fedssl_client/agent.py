@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import logging
 import shutil
 import threading
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from fedssl import __version__
 from fedssl.device_model import ENCODER_FILE, settle
 from fedssl.errors import FedSSLError
 from fedssl.heads.store import HeadStore
+from fedssl.log_lines import note, note_failure
 from fedssl_client.device_folder import HISTORY, MODEL, heads_folder, opened_ledger
 from fedssl_client.gates import platform_of
 from fedssl_client.history import HistoryStore, now
@@ -27,6 +29,10 @@ from fedssl_client.training import Trainer, command_of
 
 DEFAULT_K = 10
 _NO_MODEL = (0, 0)
+
+
+LOG = logging.getLogger("fedssl.device")
+"""What happens on the device, without anything that the person met, or when."""
 
 
 class NoModel(FedSSLError):
@@ -96,6 +102,7 @@ class Agent:
         with self._trainer.paused():
             removed = self._history.forget(item)
             self._forget_learned()
+        note(LOG, "forgot", everything=item is None)
         return removed
 
     def export(self) -> dict[str, Any]:
@@ -125,12 +132,14 @@ class Agent:
         if server not in policy.allow.servers:
             raise OutsidePolicy(f"server '{server}' is not one of [allow] servers in device.toml")
         self._history.join(server)
+        note(LOG, "joined", server=server)
 
     def leave(self, server: str) -> bool:
         """Take part no longer: a training that runs is ended, uploads that were kept for a retry are erased. Whether the person had joined."""
         with self._trainer.paused():
             had_joined = self._history.leave(server)
             self._erase_outbox()
+        note(LOG, "left", server=server)
         return had_joined
 
     def users(self) -> list[int]:
@@ -148,6 +157,15 @@ class Agent:
         if not policy.consent.train or server not in policy.allow.servers or server not in self._history.servers():
             # The child would say so too, but a process that nobody asked for is not started.
             raise OutsidePolicy("this device's person has not agreed to train for this server")
+        try:
+            upload = self._train(download, server, policy, seconds, is_wanted, known)
+        except FedSSLError:
+            note_failure(LOG, "no training", server=server)
+            raise
+        note(LOG, "trained", server=server, download_bytes=len(download), upload_bytes=len(upload))
+        return upload
+
+    def _train(self, download: bytes, server: str, policy: Policy, seconds: float, is_wanted: Callable[[], bool], known: tuple[int, bytes] | None) -> bytes:
         if known is not None:
             with opened_ledger(self.folder, self._history) as device:
                 device.ledger.check_holds(*known)

@@ -6,6 +6,7 @@ import fcntl
 import hmac
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ from grpc_reflection.v1alpha import reflection
 
 from fedssl.disk import writing
 from fedssl.errors import ConfigError, DataError, DiskError, FedSSLError, LedgerBehind
+from fedssl.log_lines import logged, note
 from fedssl_client import device_pb2 as pb
-from fedssl_client.agent import Agent, NoModel, as_json
+from fedssl_client.agent import LOG, Agent, NoModel, as_json
 from fedssl_client.device_folder import app_socket, check_private, read_token, training_socket
 from fedssl_client.policy import OutsidePolicy
 from fedssl_client.training import NotNow, TrainingFailed
@@ -203,6 +205,8 @@ def run_agent(folder: Path) -> None:
     end = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: end.set())
-    with serving(folder):
+    with logged(LOG, sys.stderr), serving(folder) as agent:
         print(f"agent of {folder} on {app_socket(folder)}", flush=True)
+        note(LOG, "agent begins", may_train=agent.policy.consent.train)
         end.wait()
+        note(LOG, "agent ends")

@@ -10,6 +10,7 @@ it one in the run folder).
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -22,12 +23,14 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedssl import wire
 from fedssl.errors import ConfigError, FedSSLError, RunFolderError, WireError
+from fedssl.log_lines import logged, note, note_failure
 from fedssl.recipe import RECIPE_FORMAT
 from fedssl.run_lock import held
 from fedssl_server.at_work import at_work
 from fedssl_server.run_settings import HALT
 
 app = ServerApp()
+LOG = logging.getLogger("fedssl.server")
 
 
 class Waits(TypedDict):
@@ -47,8 +50,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run, or resume, the run of the folder in the environment. A FedSSLError is one clear line, and the run fails."""
     try:
         folder = run_folder()
-        with at_work(folder):
-            _serve(grid, folder)
+        with at_work(folder), logged(LOG, folder / "log.jsonl"):
+            try:
+                _serve(grid, folder)
+            except BaseException:
+                note_failure(LOG, "run stopped")
+                raise
     except FedSSLError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise
@@ -98,6 +105,7 @@ def say_hello(grid: Grid, nodes: Iterable[int], seconds: float, *, at_least: int
     wrong |= {asked[name]: f"did not say hello within {seconds:.0f} s; is its flower-superexec running?" for name in waiting}
     for node, why in wrong.items():
         print(f"node {node} is left out: {why}", flush=True)
+        note(LOG, "node left out", node=node)
     if len(answers) < (len(asked) if at_least is None else at_least):
         node, why = next(iter(wrong.items()))
         raise WireError(f"{len(answers)} of {len(asked)} nodes can take part; node {node} {why}")

@@ -6,9 +6,11 @@ under a privacy plan, ``secrets/`` and ``ledger.jsonl``. Called again, it goes o
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.serverapp import Grid
@@ -19,6 +21,7 @@ from fedssl.checkpoints import Checkpoint, newest_checkpoint
 from fedssl.disk import write_whole
 from fedssl.errors import CheckpointError
 from fedssl.keeper import Keeper
+from fedssl.log_lines import note
 from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import Plan, make_plan
@@ -30,6 +33,9 @@ from fedssl_server.nodes import take_nodes
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
 from fedssl_server.run_settings import read_settings
 from fedssl_server.server_folder import HEADS
+
+LOG = logging.getLogger("fedssl.server")
+"""What happens in runs, without anything of an upload. Under a plan it does not say who was asked either."""
 
 
 def serve(
@@ -65,6 +71,7 @@ def serve(
     taken, left_out = take_nodes(users_of_node, num_users=num_users, most_users=most_users)
     for node, why in left_out.items():
         print(f"node {node} is left out: {why}", flush=True)
+        note(LOG, "node left out", node=node)
     num_users = num_users or 1 + max(int(users[-1]) for users in taken.values())
     node_ids, owner_U = owners(taken, num_users)
     plan = make_plan(config.privacy, config.server, config.counts, num_users, local=config.local)
@@ -78,11 +85,13 @@ def serve(
     waits = (deadline_seconds, reconnect_seconds, least_fraction, goes_on, LedgerHeads(ledger_heads or folder / HEADS))
     run = Run(begin.run, recipe, num_users, node_ids, owner_U, central, keys, ledger, *waits)
     phases = phases_of(recipe, catalogue)
+    promised = {} if plan is None else {"epsilon": plan.promised, "delta": plan.delta}
+    note(LOG, "run begins", run=run.id, recipe=recipe.hash, after=begin.state.phase, round=begin.state.round, nodes=len(taken), users=num_users, **promised)
     lines, keeper = folder / "metrics.jsonl", Keeper(folder, begin, config.system)
     cut_back(lines, phase=begin.state.phase, round=begin.state.round, phases=[phase.name for phase in phases])
 
     def on_round(state: State, facts: RoundFacts) -> None:
-        line: dict[str, object] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
+        line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 3)}
         if facts.clip_norm is not None:
             line["clip_norm"] = facts.clip_norm
         if not facts.is_applied:
@@ -102,6 +111,10 @@ def serve(
         }
         line |= seen if plan is None else {"epsilon": plan.epsilon(state.charged), "researcher_only": seen}
         append_line(lines, line)
+        told = {name: line[name] for name in ("phase", "round", "attempt", "seconds", "epsilon", "nodes", "nodes_used", "refused_for") if name in line}
+        note(LOG, "round", is_applied=facts.is_applied, **told)
+        if facts.evaluation is not None:
+            note(LOG, "evaluation", round=facts.round, **{name: facts.evaluation[name] for name in ("users", "nodes", "nodes_used", "refused_for")})
         more = f", loss {facts.loss}, {len(facts.refused)} nodes refused" if plan is None else ""
         few = "" if facts.is_applied else f", NOT APPLIED: {facts.nodes_used} of {facts.nodes} nodes, and least_fraction is {least_fraction:g}"
         print(f"{facts.phase} round {facts.round}: {facts.seconds:.1f} s{more}{few}", flush=True)
@@ -111,6 +124,7 @@ def serve(
 
     state = run_rounds(grid, run, begin.state, on_round=on_round, should_stop=should_stop, settled=lambda: keeper.settled, phases=phases)
     keeper.keep(state)
+    note(LOG, "run ends", run=run.id, phase=state.phase, round=state.round)
     return state
 
 
