@@ -21,6 +21,8 @@ from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSet
 FLOWER_APP = Path(__file__).parent / "flower_app"
 """All that `flwr run` packs and sends; it ships inside the package."""
 REGISTERED = "registered.json"
+ASK_SECONDS = 120.0
+"""How long the SuperLink may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,10 @@ class Link:
     def ask(self, *words: str) -> dict[str, object]:
         """What Flower's own command answers. Raises FedSSLError where it fails."""
         command = [program("flwr"), *words, "--format", "json"]
-        done = subprocess.run(command, capture_output=True, cwd=self.folder, env=self.environment, timeout=120, check=False)
+        try:
+            done = subprocess.run(command, capture_output=True, cwd=self.folder, env=self.environment, timeout=ASK_SECONDS, check=False)
+        except subprocess.TimeoutExpired:  # Such as of a SuperLink that was killed while it was asked.
+            raise FedSSLError(f"`flwr {' '.join(words)}` has no answer after {ASK_SECONDS:.0f} s; logs are in {self.folder / LOGS}") from None
         said = (done.stderr or done.stdout).decode(errors="replace").strip()[-2000:]
         try:
             answer = json.loads(done.stdout)
