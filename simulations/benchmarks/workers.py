@@ -28,7 +28,7 @@ from fedssl.recipe import make_recipe
 JOBS: dict[str, tuple[RunConfig, int]] = {
     "one step, 256 negatives": (job(1), 512),
     "three steps, 256 negatives": (job(3), 512),
-    "preset ml-1m, whole softmax": (read_run("ml-1m", ["privacy.clip_norm=1.0", "counts=none"]), 64),
+    "preset ml-1m, whole softmax": (read_run("ml-1m", ["privacy.clip_norm=1.0", "counts=none", "encoder.first_items=random"]), 64),
 }
 
 
