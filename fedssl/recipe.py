@@ -12,6 +12,7 @@ from functools import cached_property
 
 from pydantic import Field
 
+from fedssl.checking import check
 from fedssl.config import (
     CountsConfig,
     DeviceEvaluation,
@@ -24,7 +25,6 @@ from fedssl.config import (
     ServerConfig,
     Settings,
     TaskConfig,
-    check,
 )
 from fedssl.errors import WireError
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from small import BOMB, PLAN, dataset_of, deal, recipe_of, small_config, small_dataset
 
+from fedssl.checking import check
 from fedssl.chunk_training import cut_chunks
 from fedssl.client_round import CLIENT_PHASES, ClientPhase, Shard, client_round, open_shard, write_shard
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset
 from fedssl.errors import ConfigError, DataError, UploadRefused, WireError
 from fedssl.privacy.manifest import WEIGHT_STEP, squared_norm

@@ -133,7 +133,8 @@ def _layout(recipe: Any) -> Any:
 def test_settings_that_would_teach_nothing_are_refused(parts: dict[str, Any], message: str):
     from small import SMALL
 
-    from fedssl.config import RunConfig, check
+    from fedssl.checking import check
+    from fedssl.config import RunConfig
 
     with pytest.raises(ConfigError, match=message):
         check(RunConfig, {**SMALL, **{name: {**SMALL.get(name, {}), **part} for name, part in parts.items()}}, where="run.toml")

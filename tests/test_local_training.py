@@ -15,7 +15,8 @@ from oracles.loop_over_users import CALLS, masks_of, train_one_user
 from torch import Tensor
 
 from fedssl import seeds
-from fedssl.config import EncoderConfig, LocalConfig, RunConfig, TaskConfig, check
+from fedssl.checking import check
+from fedssl.config import EncoderConfig, LocalConfig, RunConfig, TaskConfig
 from fedssl.data.histories import Histories
 from fedssl.data.windows import draw_windows
 from fedssl.encoders import Encoder

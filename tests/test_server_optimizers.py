@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fedssl.config import ServerConfig, check
+from fedssl.checking import check
+from fedssl.config import ServerConfig
 from fedssl.errors import ConfigError
 from fedssl.parts import SERVER_OPTIMIZERS
 from fedssl.server_optimizers import learning_rate

@@ -10,7 +10,8 @@ import pytest
 import torch
 from small import PLAN, recipe_of, small_config, small_dataset, train
 
-from fedssl.config import RunConfig, ServerConfig, check
+from fedssl.checking import check
+from fedssl.config import RunConfig, ServerConfig
 from fedssl.counts import Counts
 from fedssl.errors import ConfigError
 from fedssl.parts import make_parts

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from fedssl.config import Settings, check_file
+from fedssl.checking import check_file
+from fedssl.config import Settings
 from fedssl.errors import FedSSLError
 from fedssl.privacy import accounting
 from fedssl.recipe import Recipe

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 
-from fedssl.config import RunConfig, check
-from fedssl.errors import ConfigError, RunFolderError
+from fedssl.checking import check, read_toml
+from fedssl.config import RunConfig
+from fedssl.errors import ConfigError
 
 HALT = "halt"
 """A file of this name in a run's folder asks the run to stop after the round at hand."""
 
 
 def read_settings(path: Path) -> RunConfig:
-    """A whole run.toml. Raises RunFolderError where it cannot be read; ConfigError for settings that a server cannot follow."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error}); a run folder begins with run.toml and catalogue.jsonl") from None
+    """A whole run.toml. Raises ConfigError where it cannot be read, and for settings that a server cannot follow."""
+    values = read_toml(path, missing=f"{path}: no such file; a run folder begins with run.toml and catalogue.jsonl")
     # What a simulation writes about itself: versions, fingerprint.
     values.pop("about", None)
     config = check(RunConfig, values, where=str(path))

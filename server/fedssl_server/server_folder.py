@@ -14,7 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedssl.config import check_file
+from fedssl.checking import check_file
 from fedssl.disk import write_whole, writing
 from fedssl.errors import ConfigError
 

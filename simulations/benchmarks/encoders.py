@@ -22,8 +22,9 @@ import results
 import torch
 from fedssl_simulations.run import simulate
 
+from fedssl.checking import check
 from fedssl.client_round import Shard, client_round
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.data.dataset import load_dataset
 from fedssl.data.histories import Histories
 from fedssl.local_training import make_batch, train_users

@@ -24,7 +24,8 @@ from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run import make_shards
 from throughput import COHORT, job
 
-from fedssl.config import RunConfig, check
+from fedssl.checking import check
+from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.privacy.keys import Keys
 from fedssl.privacy.ledger import Ledger

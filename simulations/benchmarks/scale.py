@@ -105,7 +105,8 @@ def rounds_of(store: Path, folder: Path, head: str = "user-vector") -> Callable[
     from fedssl_simulations.grids import InProcessGrid, handler_of
     from fedssl_simulations.run import make_shards
 
-    from fedssl.config import RunConfig, check
+    from fedssl.checking import check
+    from fedssl.config import RunConfig
     from fedssl.data.dataset import load_dataset
     from fedssl.recipe import make_recipe
     from fedssl.server_round import first_state

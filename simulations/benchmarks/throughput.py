@@ -29,7 +29,8 @@ from peer_jobs.plain_sasrec import encode
 from torch import Tensor
 
 from fedssl import seeds
-from fedssl.config import RunConfig, check
+from fedssl.checking import check
+from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.windows import draw_windows
 from fedssl.parts import initial_weights

@@ -11,7 +11,8 @@ from typing import Any
 
 import tomli_w
 
-from fedssl.config import RunConfig, check
+from fedssl.checking import check, read_toml
+from fedssl.config import RunConfig
 from fedssl.disk import write_whole
 from fedssl.errors import ConfigError
 from fedssl_simulations.merge import merged
@@ -71,16 +72,7 @@ def _read(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 
 def _parse(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            values = tomllib.load(file)
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give a RUN.toml or the name of a preset ({', '.join(presets())})") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not TOML ({error}); see docs/settings.md for what a RUN.toml looks like") from None
-    return values
+    return read_toml(path, missing=f"{path}: no such file; give a RUN.toml or the name of a preset ({', '.join(presets())})")
 
 
 def _preset(name: str, where: str) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from typing import Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from fedssl.config import Settings, check
+from fedssl.checking import check, check_file
+from fedssl.config import Settings
 from fedssl.errors import ConfigError
 
 
@@ -126,19 +127,8 @@ def read_study(source: str | Path) -> StudyConfig:
         names = sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
         if str(source) not in names:
             raise ConfigError(f"{source}: no study of this name ({', '.join(names)}) and no file; give a STUDY.toml")
-        return _parse(str(source), folder.joinpath(f"{source}.toml").read_text(encoding="utf-8"))
-    try:
-        return _parse(str(path), path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from None
-
-
-def _parse(where: str, text: str) -> StudyConfig:
-    try:
-        values = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{where}: not TOML ({error})") from None
-    return check(StudyConfig, values, where=where)
+        return check(StudyConfig, tomllib.loads(folder.joinpath(f"{source}.toml").read_text(encoding="utf-8")), where=str(source))
+    return check_file(StudyConfig, path, missing=f"{path}: no such file; give a STUDY.toml or the name of a study")
 
 
 def points_of(study: StudyConfig, overrides: tuple[str, ...] = ()) -> list[Point]:

@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import learned, recipe_of, small_config, small_dataset, train
 
+from fedssl.checking import check
 from fedssl.client_round import open_shard, write_shard
-from fedssl.config import CountsConfig, DataConfig, check
+from fedssl.config import CountsConfig, DataConfig
 from fedssl.counts import sum_transitions
 from fedssl.data.dataset import Dataset, load_dataset, make_dataset, open_dataset, write_dataset
 from fedssl.data.histories import HeldFrom, Histories, open_histories, take_users, write_histories

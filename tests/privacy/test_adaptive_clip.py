@@ -19,8 +19,9 @@ from oracles.gaussian_privacy import gaussian_epsilon
 from small import KEYS, PLAN, deal, learned, recipe_of, small_config, small_dataset, train
 
 from fedssl import wire
+from fedssl.checking import check
 from fedssl.client_round import client_round
-from fedssl.config import PrivacyConfig, ServerConfig, check
+from fedssl.config import PrivacyConfig, ServerConfig
 from fedssl.errors import AllUploadsRefused, ConfigError
 from fedssl.privacy.adaptive_clip import LARGEST_CLIP, SMALLEST_CLIP, WITHIN, WITHIN_STEP, next_clip
 from fedssl.privacy.grid import grid_step

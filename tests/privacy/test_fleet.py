@@ -16,8 +16,9 @@ from fedssl_simulations.run_files import write_run
 from small import KEYS, PLAN, recipe_of, small_config, small_dataset
 
 from fedssl.catalogue import write_catalogue
+from fedssl.checking import check
 from fedssl.client_round import write_shard
-from fedssl.config import CountsConfig, PrivacyConfig, RunConfig, ServerConfig, check
+from fedssl.config import CountsConfig, PrivacyConfig, RunConfig, ServerConfig
 from fedssl.data.interactions import Interactions
 from fedssl.data.readers import write_lines
 from fedssl.data.synthetic import synthesize

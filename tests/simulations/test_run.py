@@ -16,8 +16,9 @@ from fedssl_simulations.run_files import read_run
 from fedssl_simulations.run_folder import claim
 from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
 
+from fedssl.checking import check
 from fedssl.checkpoints import list_checkpoints, read_checkpoint
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.errors import BudgetSpent, CatalogueMismatch, ConfigError, RunFolderError
 from fedssl.evaluation import evaluate
 from fedssl.privacy import accounting

@@ -16,7 +16,7 @@ from fedssl_simulations.study import Done, Outcome, run_study
 from fedssl_simulations.study_file import Point, StudyConfig, points_of, read_study
 from fedssl_simulations.study_page import as_markdown, cells_of, render_study
 
-from fedssl.config import check
+from fedssl.checking import check
 from fedssl.data.readers import write_lines
 from fedssl.data.synthetic import synthesize
 from fedssl.errors import ConfigError, RunFolderError

@@ -13,8 +13,9 @@ from fedssl_server.rounds import Run as ServerRun
 from fedssl_server.rounds import owners, run_rounds
 from numpy.typing import NDArray
 
+from fedssl.checking import check
 from fedssl.client_round import Shard
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.denoise import denoise
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import make_plan

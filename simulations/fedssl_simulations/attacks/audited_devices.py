@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fedssl.checking import check
 from fedssl.client_round import Shard, client_round
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.parts import make_parts
 from fedssl.privacy.accounting import epsilon
 from fedssl.privacy.manifest import declared_sums

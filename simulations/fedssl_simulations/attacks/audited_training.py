@@ -14,8 +14,9 @@ from fedssl_server.rounds import RoundFacts, owners, run_rounds
 from fedssl_server.rounds import Run as ServerRun
 from scipy.stats import norm
 
+from fedssl.checking import check
 from fedssl.client_round import Shard
-from fedssl.config import RunConfig, check
+from fedssl.config import RunConfig
 from fedssl.privacy.keys import cohort_by_coins
 from fedssl.privacy.ledger import Ledger
 from fedssl.privacy.plan import Plan, make_plan

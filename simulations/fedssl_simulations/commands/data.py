@@ -100,6 +100,7 @@ def synthesize(
 
 
 def _data_config(*, columns: str, **values: Any) -> DataConfig:
-    from fedssl.config import DataConfig, check
+    from fedssl.checking import check
+    from fedssl.config import DataConfig
 
     return check(DataConfig, {**values, "columns": columns.split(",") if columns else []}, where="command line")
