@@ -33,6 +33,7 @@ key = "server.key"
 
 [nodes]
 keys = "nodes"          # every NAME.pub in this folder may join
+# most_users = 1        # for devices of one person each: the most that a node may host
 
 [rounds]
 nodes = {nodes}               # a run begins when so many are there
