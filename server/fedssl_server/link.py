@@ -66,7 +66,7 @@ class Link:
         """Nothing yet, with logs in this folder."""
         return Processes(self.folder / LOGS, self.environment)
 
-    def start(self, processes: Processes, seconds: float = 60.0) -> None:
+    def start(self, processes: Processes, seconds: float = 300.0) -> None:
         """Start the SuperLink, wait until it listens, and let the nodes join. Raises FedSSLError where it does not come up."""
         tls, listen = self.settings.tls, self.settings.listen
         if listens(listen.name, listen.port):
