@@ -1,0 +1,70 @@
+"""The README's tables of a deployment: its faults, and what many nodes cost its server."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import results
+
+
+def faults() -> str:
+    """What a deployment was put through, and what came of it."""
+    lines = [
+        "**Faults of a deployment** (`python simulations/benchmarks/deployment_faults.py`; a SuperLink with TLS and node authentication, devices with agents):",
+        "",
+        "| fault | what came of it |",
+        "|---|---|",
+    ]
+    row = _summed("deployment_kills")
+    if row is not None:
+        what = ", ".join(f"{count} {name}" for name, count in sorted(row["killed"].items(), key=lambda one: -one[1]))
+        uncharged = row["uncharged"] + row["server_released_uncharged"]
+        lines.append(
+            f"| {row['kills']} `kill -9` in real rounds: {what} | {row['runs_ended']} of {row['runs']} runs ended (resumed by hand {row['resumed_by_hand']} "
+            f"times); {row['events_lost']} of {row['events']:,} events lost; {uncharged} of {row['released']} uploads and {row['rounds']} rounds uncharged; "
+            f"{row['unlike']} second answers that differ |"
+        )
+    row = results.newest("deployment_uploads")
+    if row is not None:
+        wrong = len(row["not_refused_so"]) + len(row["files_unlike"])
+        strangers = ", ".join(f"a node that {name}" for name in ("is not registered", "trusts another authority"))
+        lines.append(
+            f"| {row['lies']} kinds of upload ({', '.join(row['refused_as'])}); a node of an older version; {strangers} | {wrong} not refused as "
+            f"they should be; the model is that of the honest nodes, to the byte; {row['nodes_joined']} nodes joined, all of them registered |"
+        )
+    row = results.newest("deployment_troubles")
+    if row is not None:
+        troubles = [name for name in row["seen"] if not name.startswith("everybody")]
+        lines.append(
+            f"| {', '.join(troubles)}, the server's disk is full | after each a round came in which all three devices answered; {row['events_lost']} of "
+            f"{row['events']:,} events lost; {row['uncharged'] + row['released_uncharged']} releases uncharged |"
+        )
+    return "\n".join([*lines, ""]) if len(lines) > 4 else ""
+
+
+def _summed(name: str) -> dict[str, Any] | None:
+    """The counts of all rows with the newest one's settings."""
+    rows = results.rows(name)
+    rows = [row for row in rows if row["settings"] == rows[-1]["settings"]]
+    if not rows:
+        return None
+    killed = Counter[str]()
+    for row in rows:
+        killed.update(row["killed"])
+    return {"killed": dict(killed), **{key: sum(row[key] for row in rows) for key, value in rows[0].items() if isinstance(value, int)}}
+
+
+def many_nodes() -> str:
+    row = results.newest("fleet_nodes")
+    if row is None:
+        return ""
+    cpu, peak = row["cpu_seconds_a_node_a_round"], row["peak_rss_mb"]
+    used = ", ".join(f"{name} {cpu[name]:.3f} s" for name in ("flower-superlink", "flwr-serverapp"))
+    return (
+        f"**Many nodes** (`python simulations/benchmarks/fleet_nodes.py`): {row['nodes']} nodes that speak Flower's Fleet protocol from one process, a user "
+        f"each, held {row['rounds']} rounds on one SuperLink, everybody asked, {row['refused']} answers refused or missed: "
+        f"{row['seconds_a_node_a_round']:.2f} s a node a round with the nodes' own training on the same two cores (CPU: {used}), "
+        f"{row['upload_bytes'] / 1e3:.0f} kB up and as much down; resident at their peak: "
+        f"{', '.join(f'{name} {size} MB' for name, size in peak.items() if size > 50)}.\n"
+    )
