@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.counts import Counts
+from fedssl.data.features_file import hash_of
 from fedssl.disk import sync, writing
 from fedssl.errors import CatalogueMismatch, CheckpointError, DataError, FedSSLError
 from fedssl.lift import LiftTable
@@ -91,6 +92,8 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
     beside.mkdir()
     # Who opens one file finds the model in it; what only a resume needs lies beside.
     put_arrays(beside / "weights.safetensors", to_numpy(state.released(recipe)))
+    if state.features is not None:
+        put_arrays(beside / "features.safetensors", _in_parts(state))
     if state.average_P is not None:
         put_arrays(beside / "training.safetensors", to_numpy(state.weights(recipe)))
     put_arrays(beside / "optimizer.safetensors", to_numpy(state.memory))
@@ -112,6 +115,8 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
         "run": checkpoint.run,
         "fingerprint": checkpoint.fingerprint,
     }
+    if state.features is not None:
+        about["features"] = True
     about["sha256"] = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
     about["sha256"]["state.json"] = _sha256_of(about)
     (beside / "state.json").write_text(json.dumps(about, indent=1))
@@ -121,6 +126,13 @@ def _write(folder: Path, checkpoint: Checkpoint, keep: int, best: int) -> Path:
     sync(folder)
     tidy_checkpoints(folder, state, keep=keep, best=best)
     return target
+
+
+def _in_parts(state: State) -> dict[str, NDArray[Any]]:
+    """What is known of the items, and the weights with the projection behind them: a sum of both is all that the other files have."""
+    assert state.features is not None
+    parts = {"features": state.features, "weights": state.weights_P} | ({} if state.average_P is None else {"average": state.average_P})
+    return to_numpy(parts)
 
 
 def _sweep(folder: Path) -> None:
@@ -193,6 +205,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         memory = load_file(folder / "optimizer.safetensors")
         counts = (LiftTable if recipe.privacy.has_plan else Counts)(**load_file(folder / "counts.safetensors")) if about["counts"] else None
         popularity = load_file(folder / "popularity.safetensors") if about.get("popularity") else {}
+        in_parts = load_file(folder / "features.safetensors") if about.get("features") else {}
         phase, round_, charged = str(about["phase"]), int(about["round"]), {str(name): int(value) for name, value in about["charged"].items()}
         run, fingerprint = str(about["run"]), str(about["fingerprint"])
         clip_norm = None if about.get("clip_norm") is None else float(about["clip_norm"])
@@ -218,12 +231,21 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     layout = make_parts(recipe).layout
     _check_shapes(folder / "weights.safetensors", weights, dict(zip(layout.names, layout.shapes, strict=True)))
     _check_shapes(folder / "training.safetensors", training, dict(zip(layout.names, layout.shapes, strict=True)))
-    expected = make_parts(recipe).optimizer.init(layout.num_weights)
+    if bool(in_parts) != bool(recipe.features):
+        raise CheckpointError(f"{folder}: state.json and recipe.json disagree on whether items have features; one was changed, use another checkpoint")
+    length = layout.num_weights
+    if in_parts:
+        length = _check_parts(folder / "features.safetensors", in_parts, recipe, length, has_average=has_average)
+    expected = make_parts(recipe).optimizer.init(length)
     _check_shapes(folder / "optimizer.safetensors", memory, {name: tuple(leaf.shape) for name, leaf in expected.items()})
     if number != WITHOUT_SUMS:
         _check_bytes(folder, about, sums)
     average_P = flatten(from_numpy(weights), layout) if has_average else None
-    state = State(phase, round_, flatten(from_numpy(training), layout), from_numpy(memory), counts, charged, average_P, clip_norm, popularity.get("popularity"))
+    weights_P, features = flatten(from_numpy(training), layout), None
+    if in_parts:
+        parts = from_numpy(in_parts)
+        weights_P, average_P, features = parts["weights"], parts.get("average"), parts["features"]
+    state = State(phase, round_, weights_P, from_numpy(memory), counts, charged, average_P, clip_norm, popularity.get("popularity"), features)
     return Checkpoint(state, recipe, catalogue, run, fingerprint)
 
 
@@ -252,6 +274,17 @@ def _check_shapes(path: Path, found: dict[str, NDArray[Any]], wanted: dict[str, 
     for name in sorted({*kinds, *asked}):
         if kinds.get(name) != asked.get(name):
             raise CheckpointError(f"{path}: '{name}' is {kinds.get(name, 'missing')}, the recipe wants {asked.get(name, 'nothing')}; use another checkpoint")
+
+
+def _check_parts(path: Path, found: dict[str, NDArray[Any]], recipe: Recipe, num_weights: int, *, has_average: bool) -> int:
+    """How many weights there are with the projection's, once features and weights are those of the recipe."""
+    features = found.get("features", np.zeros((0, 0), dtype=np.float32))
+    columns = features.shape[1] if features.ndim == 2 else 0
+    length = num_weights + columns * recipe.encoder.width
+    _check_shapes(path, found, {"features": (recipe.num_items + 1, columns), "weights": (length,)} | ({"average": (length,)} if has_average else {}))
+    if hash_of(features[1:]) != recipe.features or features[0].any():
+        raise CheckpointError(f"{path}: 'features' are not those that recipe.json names; it was changed, use another checkpoint")
+    return length
 
 
 def _check_table(path: Path, table: LiftTable, recipe: Recipe) -> None:

@@ -39,6 +39,7 @@ class DataConfig(Settings):
     )
     users: str = Field("", description="Attributes of users, for a probe alone: `.user`, users.dat, CSV or TSV with a header; empty: none")
     catalogue: str = Field("", description="A public catalogue.jsonl; empty: made from the data, which no epsilon covers")
+    features: str = Field("", description="Features of items that `fedssl data embed` wrote: an item's vector is its own row and a learned projection of them")
 
     @model_validator(mode="after")
     def _columns_and_cuts_make_sense(self) -> DataConfig:
@@ -190,6 +191,9 @@ class ServerConfig(Settings):
     schedule: Literal["constant", "cosine"] = Field("cosine", description="constant, or cosine decay to `floor` over the rounds")
     floor: float = Field(0.02, ge=0.0, le=1.0, description="cosine: the last round's share of lr")
     warmup: int = Field(0, ge=0, description="Rounds over which lr grows linearly from 0; 0: none")
+    rows_left_out: float = Field(
+        0.0, ge=0.0, lt=1.0, description="With `[data] features`: share of items without their own row in a round, so that features learn to speak alone"
+    )
     average_from: int = Field(
         0, ge=0, description="The model is the mean of the weights after this round and all later ones; training goes on from the last; 0: none"
     )
@@ -322,6 +326,7 @@ class RunConfig(Settings):
 
     preset: str = Field("", description="Name of the preset this run began with; empty: none")
     seed: int = Field(1, ge=0, description="Chance of initial weights, windows, views, negatives, dropout, and of cohorts without a plan")
+    start: str = Field("", description="A checkpoint to begin from, of this catalogue or another one; empty: from nothing")
     data: DataConfig = DataConfig()
     encoder: EncoderConfig = EncoderConfig()
     task: tuple[TaskConfig, ...] = (TaskConfig(name="next-item"),)
@@ -353,6 +358,8 @@ class RunConfig(Settings):
             raise ValueError("[head] would carry one window into the gradients of others, without noise; under privacy.mode = 'window' set name = 'none'")
         if self.privacy.is_by_window and (self.local.weight_decay or self.local.proximal):
             raise ValueError("[local] weight_decay and proximal are no gradient of a window; under privacy.mode = 'window' set both to 0")
+        if self.start and self.encoder.first_items == "counts":
+            raise ValueError("start takes item vectors from a checkpoint, [encoder] first_items = 'counts' from the counts; set first_items = 'random'")
         if self.encoder.first_items == "counts" and (self.counts is None or self.privacy.has_plan):
             raise ValueError(
                 "[encoder] first_items = 'counts' needs a [counts] section without a privacy plan; add one, set first_items = 'random', "

@@ -38,6 +38,7 @@ class Recipe(Settings):
     seed: int = Field(description="Chance of windows, views, negatives and dropout; harmless under a clip")
     num_items: int = Field(ge=1, description="Items of the catalogue, without the padding row 0")
     catalogue: str = Field(description="Hash of the catalogue's tokens in order")
+    features: str = Field("", description="Hash of what is known of the items, where the server learns a projection of it; empty: nothing")
     encoder: EncoderConfig
     task: tuple[TaskConfig, ...]
     counts: CountsConfig | None
@@ -62,8 +63,8 @@ class Recipe(Settings):
         return hashlib.sha256(self.canonical.encode()).hexdigest()
 
 
-def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: PrivacyConfig | None = None) -> Recipe:
-    """The recipe of a run over a catalogue of ``num_items`` items with that hash.
+def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: PrivacyConfig | None = None, features: str = "") -> Recipe:
+    """The recipe of a run over a catalogue of ``num_items`` items with that hash. ``features``: `fedssl.data.features_file.hash_of` those at hand.
 
     ``privacy``: what nodes are told of it, where that is more than the settings say (`Plan.told_to_nodes`).
     """
@@ -71,6 +72,7 @@ def make_recipe(run: RunConfig, *, num_items: int, catalogue: str, privacy: Priv
         seed=run.seed,
         num_items=num_items,
         catalogue=catalogue,
+        features=features,
         encoder=run.encoder,
         task=run.task,
         counts=run.counts,

@@ -20,6 +20,7 @@ from fedssl.counts import Counts, from_cells, keep_top, merge_rows, most_popular
 from fedssl.data.features import item_features
 from fedssl.denoise import denoise
 from fedssl.distillation import distil
+from fedssl.item_features import folded, left_out_rows, slope_of_parts, with_projection
 from fedssl.lift import LiftTable
 from fedssl.parts import initial_weights, make_parts
 from fedssl.privacy.adaptive_clip import WITHIN, WITHIN_STEP, next_clip
@@ -42,7 +43,8 @@ class State:
 
     ``average_P``: the mean of late rounds' weights, where the recipe asks for one and it has begun. Training goes on from
     ``weights_P``; what is released is the mean. ``clip_norm``: the next training round's clip where it is adaptive, else None.
-    ``popularity`` (I + 1,): the noised histogram of items, where counts are under a plan.
+    ``popularity`` (I + 1,): the noised histogram of items, where counts are under a plan. ``features`` (I + 1, F): what is known of the
+    items, where the recipe names it; ``weights_P`` and ``average_P`` then have the projection behind them (`fedssl.item_features`).
     """
 
     phase: str
@@ -54,14 +56,32 @@ class State:
     average_P: Tensor | None = None
     clip_norm: float | None = None
     popularity: NDArray[np.float32] | None = None
+    features: Tensor | None = None
 
     def weights(self, recipe: Recipe) -> Weights:
         """Named views of the weights that training goes on from."""
-        return unflatten(self.weights_P, make_parts(recipe).layout)
+        return self._named(self.weights_P, recipe)
+
+    def sent(self, recipe: Recipe) -> Weights:
+        """Named views of the weights of the next training round: without the rows that it leaves out."""
+        if self.features is None or not recipe.server.rows_left_out:
+            return self.weights(recipe)
+        layout = make_parts(recipe).layout
+        return unflatten(folded(self.weights_P, self.features, layout, self.left_out(recipe, self.round + 1 if self.phase == "training" else 1)), layout)
+
+    def left_out(self, recipe: Recipe, round: int) -> Tensor | None:
+        """The items without their row in a training round, (I + 1,); None: every item has it."""
+        if self.features is None or not recipe.server.rows_left_out:
+            return None
+        return left_out_rows(self.features, recipe.server.rows_left_out, seed=recipe.seed, round=round)
 
     def released(self, recipe: Recipe) -> Weights:
         """Named views of the weights to evaluate and to use: the mean of late rounds where there is one."""
-        return unflatten(self.weights_P if self.average_P is None else self.average_P, make_parts(recipe).layout)
+        return self._named(self.weights_P if self.average_P is None else self.average_P, recipe)
+
+    def _named(self, weights_P: Tensor, recipe: Recipe) -> Weights:
+        layout = make_parts(recipe).layout
+        return unflatten(weights_P if self.features is None else folded(weights_P, self.features, layout), layout)
 
 
 @dataclass(frozen=True)
@@ -112,12 +132,16 @@ class ServerPhase(NamedTuple):
     finish: Callable[[State, Totals, Release], State]
 
 
-def first_state(recipe: Recipe) -> State:
-    """The state before the first round."""
+def first_state(recipe: Recipe, features: NDArray[np.float32] | None = None) -> State:
+    """The state before the first round. ``features`` (I, F): of the items, where the recipe names them; row 0 is item 1."""
     parts = make_parts(recipe)
     weights_P = flatten(initial_weights(recipe), parts.layout)
     clip_norm = recipe.privacy.clip_norm if recipe.privacy.clip == "adaptive" else None
-    return State("", 0, weights_P, parts.optimizer.init(parts.layout.num_weights), clip_norm=clip_norm)
+    if features is None:
+        return State("", 0, weights_P, parts.optimizer.init(parts.layout.num_weights), clip_norm=clip_norm)
+    known_IF = torch.from_numpy(np.pad(features, ((1, 0), (0, 0))))
+    weights_P = with_projection(weights_P, known_IF, parts.layout)
+    return State("", 0, weights_P, parts.optimizer.init(len(weights_P)), clip_norm=clip_norm, features=known_IF)
 
 
 def phases_of(recipe: Recipe, catalogue: Catalogue | None = None) -> tuple[ServerPhase, ...]:
@@ -130,7 +154,7 @@ def phases_of(recipe: Recipe, catalogue: Catalogue | None = None) -> tuple[Serve
         name="training",
         rounds=recipe.server.rounds,
         exchanges=1,
-        tensors=lambda state: to_numpy(state.weights(recipe)),
+        tensors=lambda state: to_numpy(state.sent(recipe)),
         declared=lambda state, exchange: _training_sums(recipe, state),
         middle=_no_middle,
         finish=lambda state, totals, release: finish_training(recipe, state, totals, release),
@@ -168,7 +192,10 @@ def _distillation(recipe: Recipe) -> ServerPhase:
 
     def finish(state: State, totals: Totals, release: Release) -> State:
         assert isinstance(state.counts, LiftTable), "a counts phase comes before"
-        weights_P = flatten(distil(recipe, state.counts), make_parts(recipe).layout)
+        layout = make_parts(recipe).layout
+        weights_P = flatten(distil(recipe, state.counts), layout)
+        if state.features is not None:
+            weights_P = with_projection(weights_P, state.features, layout)
         return replace(state, phase=release.phase, round=release.round, weights_P=weights_P)
 
     return ServerPhase("distillation", 1, 0, tensors=lambda state: {}, declared=lambda state, exchange: {}, middle=_no_middle, finish=finish)
@@ -230,6 +257,8 @@ def finish_training(recipe: Recipe, state: State, totals: Totals, release: Relea
     first = parts.layout.slice_of(ITEMS).start
     padding = slice(first, first + recipe.encoder.width)
     mean_P[padding] = 0.0
+    if state.features is not None:
+        mean_P = slope_of_parts(mean_P, state.features, parts.layout, state.left_out(recipe, release.round))
     weights_P, memory = parts.optimizer.step(state.weights_P, mean_P, state.memory, learning_rate(recipe.server, release.round), release.round)
     # Nor does decay, or whatever an optimiser does to weights that got no update.
     weights_P[padding] = state.weights_P[padding]
@@ -293,9 +322,10 @@ def finish_counts(recipe: Recipe, state: State, totals: Totals, release: Release
         counts = merge_rows(state.counts, counts)
     state = replace(state, phase=release.phase, round=release.round, counts=counts)
     if recipe.encoder.first_items == "counts" and release.round == config.blocks:
-        parts = make_parts(recipe)
-        weights = unflatten(state.weights_P, parts.layout)
-        state = replace(state, weights_P=flatten(weights | {ITEMS: spectral_items(counts, weights[ITEMS], seed=recipe.seed)}, parts.layout))
+        weights_P, items = state.weights_P.clone(), make_parts(recipe).layout.slice_of(ITEMS)
+        first_ID = weights_P[items].view(-1, recipe.encoder.width)
+        weights_P[items] = spectral_items(counts, first_ID, seed=recipe.seed).flatten()
+        state = replace(state, weights_P=weights_P)
     return state
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.config import DataConfig
+from fedssl.data.features_file import read_features
 from fedssl.data.histories import Histories, make_histories, open_histories, put_histories, read_about, written_beside
 from fedssl.data.interactions import Interactions, k_core
 from fedssl.data.paths import find_path
@@ -29,7 +31,7 @@ class Dataset:
     ``dropped``: users, items and events that the filter took away. ``bad_lines``: lines of the file that were passed over because they
     could not be read; ``first_bad``: file, line and reason of the first. ``user_attributes``: what a side file says of users, by token;
     it is for a probe alone, and no model, catalogue or record sees it. ``fewest``: events of any user, and of any item that occurs, where a
-    store knows them.
+    store knows them. ``features`` (I, F): what `[data] features` says of the items.
     """
 
     histories: Histories
@@ -40,6 +42,7 @@ class Dataset:
     first_bad: str = ""
     user_attributes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     fewest: tuple[int, int] | None = None
+    features: NDArray[np.float32] | None = None
 
 
 def load_dataset(config: DataConfig) -> Dataset:
@@ -67,6 +70,8 @@ def add_side_files(dataset: Dataset, config: DataConfig) -> Dataset:
     """The data set with what the side files of ``config`` say of its items and users. Raises DataError for files of others."""
     if config.items:
         dataset = replace(dataset, catalogue=_describe_items(dataset.catalogue, config.items))
+    if config.features:
+        dataset = replace(dataset, features=read_features(find_path(config.features), dataset.catalogue))
     if config.users:
         dataset = replace(dataset, user_attributes=_describe_users(dataset.histories.names, config.users))
     return dataset

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 
 from fedssl.catalogue import read_catalogue
 from fedssl.checkpoints import Checkpoint, newest_checkpoint
+from fedssl.data.features_file import hash_of, read_features
+from fedssl.data.paths import find_path
 from fedssl.disk import write_whole
 from fedssl.errors import CheckpointError
 from fedssl.keeper import Keeper
@@ -77,8 +79,9 @@ def serve(
     plan = make_plan(config.privacy, config.server, config.counts, num_users, local=config.local)
     central = None if config.privacy.is_local else plan
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
-    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, privacy=told)
-    begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe), recipe, catalogue, _name(folder), "")
+    features = read_features(find_path(config.data.features), catalogue) if config.data.features else None
+    recipe = make_recipe(config, num_items=catalogue.num_items, catalogue=catalogue.hash, privacy=told, features=hash_of(features))
+    begin = newest_checkpoint(folder / "checkpoints") or Checkpoint(first_state(recipe, features), recipe, catalogue, _name(folder), "")
     if begin.recipe.hash != recipe.hash:
         raise CheckpointError(f"{folder / 'checkpoints'}: made by another recipe than run.toml gives now; undo the change, or begin another folder")
     keys, ledger = _open_secrets(folder, central, begin.state)

@@ -31,9 +31,10 @@ from fedssl.client_round import Notes, Shard
 from fedssl.collapse import Spread
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.data.features_file import hash_of
 from fedssl.data.histories import Histories, take_users
 from fedssl.disk import write_whole, writing
-from fedssl.errors import CatalogueMismatch, RunFolderError
+from fedssl.errors import CatalogueMismatch, ConfigError, RunFolderError
 from fedssl.evaluation import Ranks, evaluate
 from fedssl.keeper import Keeper
 from fedssl.parts import make_parts
@@ -46,6 +47,7 @@ from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
 from fedssl.round_lines import append_line, cut_back, read_lines
 from fedssl.server_round import State, first_state, phases_of
+from fedssl.transfer import carried_over
 from fedssl.workers import Workers
 from fedssl_simulations.diagnostics import contrast_facts, spread_now
 from fedssl_simulations.early_stop import Validations, best_round, is_over, validations
@@ -139,14 +141,14 @@ def _simulate(
     plan = make_plan(config.privacy, config.server, config.counts, histories.num_users, local=config.local)
     is_local = config.privacy.is_local
     told = plan.told_to_nodes(config.privacy) if plan is not None else None
-    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told)
+    recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told, features=hash_of(dataset.features))
     phases = phases_of(recipe, dataset.catalogue)
     _check_same_data(folder, about, dataset)
     # First of all: from here on, whatever happens, the folder is one that can be resumed.
     if not about:
         about = {"run": uuid4().hex, "fingerprint": histories.fingerprint, "catalogue": dataset.catalogue.hash, **versions()}
         write_run(config, folder / "run.toml", **about)
-    state = _last_state(folder, recipe, dataset) or first_state(recipe)
+    state = _last_state(folder, recipe, dataset) or _first_state(config, recipe, dataset)
     ledger = Ledger(folder / "ledger.jsonl") if plan is not None and not is_local else None
     if ledger is not None:
         ledger.check_not_behind(state.charged)
@@ -405,6 +407,19 @@ def _last_state(folder: Path, recipe: Recipe, dataset: Dataset) -> State | None:
     if checkpoint is not None and checkpoint.recipe.hash != recipe.hash:
         raise RunFolderError(f"{folder}: its checkpoint was made with other settings than run.toml has; run.toml was changed, put it back or start a new run")
     return checkpoint.state if checkpoint is not None else None
+
+
+def _first_state(config: RunConfig, recipe: Recipe, dataset: Dataset) -> State:
+    """Where a run begins: from nothing, or from the checkpoint that it names."""
+    if not config.start:
+        return first_state(recipe, dataset.features)
+    old = read_checkpoint(Path(config.start))
+    if recipe.privacy.has_plan and old.fingerprint == dataset.histories.fingerprint:
+        raise ConfigError(
+            f"start = '{config.start}': it was taught by the very histories that [privacy] is to protect, and no epsilon here would count that; "
+            "begin from nothing, or from a checkpoint of other people"
+        )
+    return carried_over(old, recipe, dataset.catalogue, dataset.features)
 
 
 def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:

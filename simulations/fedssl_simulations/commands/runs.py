@@ -23,6 +23,7 @@ def simulate(
     out: Annotated[Path | None, typer.Option(help="Folder for all that the run leaves; made anew")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder")] = None,
     seed: Seed = None,
+    start: Annotated[str, typer.Option("--from", metavar="CHECKPOINT", help="Begin from this checkpoint, of the same catalogue or another one")] = "",
     baselines: Annotated[bool, typer.Option("--baselines", help="Also run the baselines and put them into the report")] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -36,7 +37,10 @@ def simulate(
 
     if (source is None) == (resume is None):
         raise typer.BadParameter("give a RUN.toml (or a preset's name), or --resume DIR, not both")
-    config = read_run(source, overrides or (), seed=seed) if source is not None else None
+    if start and source is None:
+        raise typer.BadParameter("--from is for a run that begins; --resume goes on from the run's own checkpoints")
+    begin = [f"start={json.dumps(str(Path(start).resolve()))}"] if start else []
+    config = read_run(source, [*(overrides or ()), *begin], seed=seed) if source is not None else None
     with stop_after_this_round() as should_stop, progress_shown(quiet or as_json) as on_progress:
         run = run_simulation(config, out=out, resume=resume, on_progress=on_progress, should_stop=should_stop)
     if not run.is_finished:
