@@ -88,7 +88,7 @@ def begin_run(settings: Path, catalogue: Path, folder: Path) -> None:
 
 
 def run_to_end(link: Link, folder: Path, say: Callable[[str], None]) -> str:
-    """Bring the run in ``folder`` to its end: 'done', 'halted' after a round, or 'stopped' at once.
+    """Bring the run in ``folder`` to its end: 'done', 'halted' after a round, or 'stopped' at once. Who asked it to halt is not answered with a new start.
 
     After a crash of ServerApp, SuperExec or SuperLink what is left of it is submitted as a new Flower run, which goes on
     from the newest checkpoint; what a lost round was charged stays charged.
@@ -112,7 +112,7 @@ def run_to_end(link: Link, folder: Path, say: Callable[[str], None]) -> str:
                 _give_up(link)
             if status == "finished:completed":
                 return "halted" if (folder / HALT).exists() else "done"
-            if status == "finished:stopped":
+            if status == "finished:stopped" or (status == "lost" and (folder / HALT).exists()):
                 return "stopped"
             gave_up = [line for line in outcome.splitlines() if line.startswith("error: ")]
             if gave_up:
@@ -184,10 +184,10 @@ def halt_run(link: Link, *, now: bool) -> Path | None:
     if found is None:
         return None
     folder = Path(found["folder"])
+    # Before the run is ended: who follows it must not take its end for a crash.
+    write_whole(folder / HALT, "")
     if now:
         link.stop(str(found["flower_run"]))
-    else:
-        write_whole(folder / HALT, "")
     return folder
 
 

@@ -79,6 +79,17 @@ def test_a_run_begins_once_and_its_crashes_are_counted(tmp_path: Path):
     assert not (run / HALT).exists() and sum(line.startswith("lost: nothing listens") for line in said) == 2
 
 
+def test_a_run_that_is_lost_after_it_was_asked_to_halt_does_not_begin_again(tmp_path: Path):
+    server, run = tmp_path / "server", tmp_path / "run"
+    assert fedssl("server", "init", server, "--port", "9") == 0
+    with (server / "server.toml").open("a") as file:
+        file.write("nodes_seconds = 0.1\n")
+    write_catalogue(Catalogue(("a", "b")), tmp_path / "catalogue.jsonl")
+    begin_run(write_tiny(tmp_path, tmp_path / "h.txt"), tmp_path / "catalogue.jsonl", run)
+    # `fedssl server halt --now` asks first and ends the run then.
+    assert run_to_end(Link(server), run, lambda line: (run / HALT).touch()) == "stopped"
+
+
 def test_state_counts_what_was_refused_and_passes_over_half_a_line(tmp_path: Path):
     lines = [{"phase": "training", "round": number, "refused_for": {"norm": 1, "missing": number}} for number in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"phase": "tr')
