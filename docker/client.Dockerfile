@@ -28,5 +28,5 @@ ENV PATH=/opt/fedssl/bin:${PATH} HOME=/tmp PYTHONDONTWRITEBYTECODE=1 \
     FLWR_HOME=/tmp/flwr FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1
 USER 10002:10002
 WORKDIR /var/lib/fedssl
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["fedssl-health", "agent"]
+HEALTHCHECK --interval=15s --timeout=20s --start-period=300s CMD ["fedssl-health", "agent"]
 CMD ["fedssl", "device", "run", "/var/lib/fedssl/device"]

@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import ssl
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
 SERVER, DEVICE = Path("/var/lib/fedssl/server"), Path("/var/lib/fedssl/device")
-SECONDS = 4.0
+SECONDS = 15.0
 
 
 def server() -> bool:
     """Whether the SuperLink of the server's folder answers; its certificate is held to the folder's authority."""
-    from fedssl_server.server_folder import read_server
-
-    settings = read_server(SERVER)
-    trusted = ssl.create_default_context(cafile=str(SERVER / settings.tls.ca))
-    with urllib.request.urlopen(f"https://{settings.listen.name}:{settings.listen.port}/health", timeout=SECONDS, context=trusted) as answer:
+    # Not by fedssl's own reader: this runs again and again, and is to cost little.
+    settings = tomllib.loads((SERVER / "server.toml").read_text(encoding="utf-8"))
+    listen, tls = settings.get("listen", {}), settings.get("tls", {})
+    trusted = ssl.create_default_context(cafile=str(SERVER / tls.get("ca", "ca.crt")))
+    url = f"https://{listen.get('name', '127.0.0.1')}:{listen.get('port', 8000)}/health"
+    with urllib.request.urlopen(url, timeout=SECONDS, context=trusted) as answer:
         return bool(answer.status == 200)
 
 

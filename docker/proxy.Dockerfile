@@ -9,5 +9,5 @@ COPY docker/nginx.conf /etc/nginx/fedssl.conf
 USER 10001:10001
 EXPOSE 8443
 STOPSIGNAL SIGQUIT
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["curl", "--fail", "--silent", "--cacert", "/etc/fedssl/ca.crt", "https://localhost:8443/health"]
+HEALTHCHECK --interval=15s --timeout=20s --start-period=300s CMD ["curl", "--fail", "--silent", "--cacert", "/etc/fedssl/ca.crt", "https://localhost:8443/health"]
 CMD ["nginx", "-e", "stderr", "-c", "/etc/nginx/fedssl.conf", "-g", "daemon off;"]

@@ -27,5 +27,5 @@ ENV PATH=/opt/fedssl/bin:${PATH} HOME=/tmp PYTHONDONTWRITEBYTECODE=1
 USER 10001:10001
 WORKDIR /var/lib/fedssl
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD ["fedssl-health", "server"]
+HEALTHCHECK --interval=15s --timeout=20s --start-period=300s CMD ["fedssl-health", "server"]
 CMD ["fedssl", "server", "start", "/var/lib/fedssl/server"]
