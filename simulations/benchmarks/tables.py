@@ -42,6 +42,7 @@ def main() -> None:
         quality("beauty"),
         quality("ml-100k"),
         CURVES,
+        parts_that_help(),
         clipping(),
         private(),
         learning(),
@@ -300,6 +301,24 @@ def memory() -> str:
         return ""
     found = "; ".join(f"{name} {value / 1e6:.0f} MB" for name, value in row["bytes"].items())
     return f"**Memory** at its peak, PSS over all processes (`python simulations/benchmarks/memory.py`): {found}.\n"
+
+
+def parts_that_help() -> str:
+    """What a task and a head are worth, by the newest comparison over three seeds."""
+    lines = []
+    for file, beside in (("task_gains", "next item"), ("head_gains", "no head")):
+        newest = {(row["preset"], row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
+        for (preset, name), row in newest.items():
+            for what, one in row["gains"].items():
+                (low, high), (least, most) = one["interval"], one["seeds"]
+                what = f"NDCG@10, {what}" if file == "task_gains" else what
+                change = f"{one['gain']:+.1%} ({low:+.1%} to {high:+.1%}) | {least:+.1%} to {most:+.1%}"
+                lines.append(f"| {name}, against {beside} | `{preset}` | {what} | {one['before']:.4g} | {one['after']:.4g} | {change} |")
+    if not lines:
+        return ""
+    head = "| with | preset | `unseen` of the test | without | with | gain (95 % over users) | seeds |\n|---|---|---|---|---|---|---|\n"
+    about = "runs with and without, compared user by user over three seeds (`python simulations/benchmarks/tasks.py`, `heads.py`)"
+    return f"**Tasks and heads** ([docs/tasks.md](docs/tasks.md)): {about}.\n\n{head}" + "\n".join(lines) + "\n"
 
 
 def scale() -> str:
