@@ -15,7 +15,7 @@ from fedssl.errors import FedSSLError
 
 @pytest.mark.timeout(420)
 def test_simulation_and_deployment_reach_the_same_bytes_with_everything_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    config, dataset, simulated = learn_here(tmp_path / "simulated")
+    config, dataset, simulated = learn_here(tmp_path / "simulated", rounds=3)
     stores, run = lay_out(config, dataset, tmp_path)
     give_keys(run, TEST_KEYS)
     start = time.monotonic()
@@ -25,7 +25,7 @@ def test_simulation_and_deployment_reach_the_same_bytes_with_everything_on(tmp_p
         assert outcome.is_completed, f"{outcome.status}\n{outcome.log}\n{deployed.logs(lines=30)}"
         processes = [process.pid for process in deployed.processes.running.values()]
     with capsys.disabled():
-        print(f" federation: up in {up:.1f} s, hello, counts and 5 rounds in {outcome.seconds:.1f} s ", end="")
+        print(f" federation: up in {up:.1f} s, hello, counts and 3 rounds in {outcome.seconds:.1f} s ", end="")
     assert learned(run, [store / "heads" for store in stores]) == simulated
     # Every process, and whatever it started, is gone.
     for group in processes:

@@ -1,0 +1,1 @@
+"""Shadows the package that is installed on the device."""
