@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import deployment_tables
 import results
 
 README = Path(__file__).parents[2] / "README.md"
@@ -52,8 +53,12 @@ def main() -> None:
         workers(),
         memory(),
         scale(),
+        counts_at_scale(),
         device(),
         kills(),
+        deployment(),
+        deployment_tables.faults(),
+        deployment_tables.many_nodes(),
     ]
     README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
 
@@ -346,6 +351,36 @@ def scale() -> str:
     return f"**A million users** (`python simulations/benchmarks/scale.py`): {'; '.join(found)}.\n" if found else ""
 
 
+def counts_at_scale() -> str:
+    """Item-to-item counts of large catalogues, and what a cut keeps."""
+    rows = [row for items in (100_000, 1_000_000) for case in ("at once", "in 8 blocks", "under a plan") if (row := _scaled(items, case)) is not None]
+    if not rows:
+        return ""
+    lines = [
+        f"**Counts of large catalogues** (`python simulations/benchmarks/counts_at_scale.py`): invented, {rows[0]['users']:,} users of 50 events "
+        "in one process, which adds the memory below, node and server together; without a plan "
+        "the 20 largest cells of a row are kept (`counts.top`), under a plan 1,000 items.",
+        "",
+        "| items | counts | seconds of CPU | memory added | a user sends | and is sent | a device holds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        megabytes = [f"{row[name] / 1e6:.{digits}f} MB" for name, digits in (("added_bytes", 0), ("device_bytes", 1))]
+        told = f"{row['upload_bytes'] / 1e3:,.1f} kB | {row['download_bytes'] / 1e3:,.1f} kB"
+        lines.append(f"| {row['items']:,} | {row['case']} | {row['cpu_seconds']:.0f} | {megabytes[0]} | {told} | {megabytes[1]} |")
+    for preset in ("beauty", "ml-1m"):
+        row = results.newest("counts_at_scale", what="cut", preset=preset)
+        if row is not None:
+            whole, *cut = row["cut"]
+            kept = ", ".join(f"{one['top']} cells {one['all'] / whole['all']:.3f} / {one['unseen'] / whole['unseen']:.3f}" for one in cut)
+            lines += ["", f"Of what `{preset}`'s whole counts alone reach (NDCG@10 on the test event, `all` / `unseen`) the largest of each row keep: {kept}."]
+    return "\n".join([*lines, ""])
+
+
+def _scaled(items: int, case: str) -> dict[str, Any] | None:
+    return results.newest("counts_at_scale", what="scale", items=items, case=case)
+
+
 def kills() -> str:
     row = results.newest("kills")
     if row is None:
@@ -373,6 +408,26 @@ def device() -> str:
     ]
     about = f"{row['items']:,} items, 1.82 million cells of counts, a history of {row['history']}; the agent asked over its socket"
     return f"**A device** (`python simulations/benchmarks/device.py`; {about}): {'; '.join(parts)}.\n"
+
+
+def deployment() -> str:
+    fleets = {"nodes": "two nodes of 25 users", "devices": "three devices with agents"}
+    lines = []
+    for kind, words in fleets.items():
+        row = results.newest("deployment", kind=kind)
+        if row is not None:
+            rounds = list(row["apart"])
+            cells = [f"{row[name][number]:.0e}" if row[name][number] else "0" for name in ("apart", "apart_other") for number in rounds]
+            lines.append(f"| {words} | {' | '.join(cells)} | {'yes' if row['same_bytes'] else 'no'} | {row['round_seconds']:.0f} |")
+    if not lines:
+        return ""
+    head = [f"{what} {number}" for what in ("after round", "other chunks, two threads: after round") for number in rounds]
+    return (
+        "**Deployed against simulated**, everything on (Adam, dropout, a head, counts, clip, noise by keys that both know), over a SuperLink with TLS and node "
+        "authentication: the largest difference of any weight from the simulation in the same chunks, and from one in other chunks on two threads "
+        f"(`python simulations/benchmarks/deployment.py`; the largest weight is {row['largest']:.1f}; a round is mostly waiting and new processes).\n\n"
+        f"| fleet | {' | '.join(head)} | same bytes | seconds a round |\n|---|{'---|' * len(head)}---|---|\n" + "\n".join(lines) + "\n"
+    )
 
 
 if __name__ == "__main__":

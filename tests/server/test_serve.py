@@ -128,7 +128,7 @@ def test_patience_is_refused_where_nobody_validates(tmp_path: Path):
 
 
 def test_a_folder_without_settings_is_no_run(tmp_path: Path):
-    with pytest.raises(RunFolderError, match=r"run.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"run.toml: no such file; a run folder begins with run.toml and catalogue.jsonl"):
         play(tmp_path)
 
 
