@@ -17,7 +17,7 @@ def status(url: str) -> int | str:
         trusted = ssl.create_default_context(cafile=CA)
     except OSError:
         trusted = ssl._create_unverified_context()  # A container that has no node's keys.
-    asked = urllib.request.Request(url, data=None if url.endswith("/health") else b"", headers={"Content-Type": "application/x-protobuf"})
+    asked = urllib.request.Request(url, data=None if url.endswith("/health") else b"", headers={"Content-Type": "application/protobuf"})
     try:
         with urllib.request.urlopen(asked, timeout=5, context=trusted) as answer:
             return int(answer.status)
