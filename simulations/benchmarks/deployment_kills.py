@@ -37,7 +37,7 @@ from fedssl.checkpoints import list_checkpoints, read_checkpoint
 from fedssl.privacy.ledger import Ledger
 
 OF_FIFTY = {"between charge and answer": 16, "trainer": 6, "agent": 12, "ClientApp": 4, "SuperNode": 6, "SuperLink": 3, "ServerApp": 2, "SuperExec": 1}
-ROUNDS, ROUND_SECONDS, LONGEST_WAIT = 4, 200.0, 20.0
+ROUNDS, ROUND_SECONDS, LONGEST_WAIT = 4, 60.0, 20.0
 
 
 def victims(kills: int, rng: random.Random) -> list[str]:

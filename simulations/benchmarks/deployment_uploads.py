@@ -97,7 +97,7 @@ LIES: dict[str, tuple[str, Lie]] = {
     "another run": ("exchange", lambda download, upload: at(upload, run="another")),
     "a replay": ("exchange", lambda download, upload: _before[0]),
     "another recipe": ("recipe", lambda download, upload: wire.to_record_dict(replace(upload, recipe="0" * 64))),
-    "an older version": ("form", lambda download, upload: with_header(upload, format=0)),
+    "an older version": ("version", lambda download, upload: with_header(upload, format=0)),
     "no upload at all": ("form", lambda download, upload: RecordDict({})),
 }
 

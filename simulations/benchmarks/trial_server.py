@@ -62,7 +62,7 @@ class TrialServer:
     def start(self) -> None:
         """Start it, wait until it listens, and let the nodes join."""
         self.starting = self.command("start")
-        end = time.monotonic() + 180
+        end = time.monotonic() + 320
         while not listens("127.0.0.1", self.port):
             if time.monotonic() > end or self.starting.poll() is not None:
                 sys.exit(f"the SuperLink does not come up; see {self.folder}/*.log")
