@@ -89,7 +89,6 @@ LIES: dict[str, tuple[str, Lie]] = {
     "nan": ("form", lambda download, upload: with_array(upload, "update", np.full(size_of(upload), np.nan, "<f4"))),
     "1e30": ("form", lambda download, upload: with_array(upload, "update", np.full(size_of(upload), 1e30, "<f4"))),
     "largest whole numbers": ("coordinates", lambda download, upload: with_sums(upload, lambda array: np.full_like(array, np.iinfo(array.dtype).max))),
-    "beyond the clip": ("norm", lambda download, upload: with_sums(upload, lambda array: np.full_like(array, 1 << 12))),
     "one coordinate more": ("form", lambda download, upload: with_array(upload, "update", np.zeros(size_of(upload) + 1, "<i4"))),
     "100 MB": ("form", lambda download, upload: with_array(upload, "update", np.arange(25_000_000, dtype="<i4"))),
     "a sum that was not declared": ("names", lambda download, upload: with_array(upload, "history", np.arange(5, dtype="<i4"))),
