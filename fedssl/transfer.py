@@ -27,7 +27,7 @@ def carried_over(old: Checkpoint, recipe: Recipe, catalogue: Catalogue, features
         project to; every other item begins as in a run from nothing;
       - counts and the optimiser's memory are left behind: they belong to other histories and other rounds.
 
-    Raises ConfigError where the encoders differ in a shape, and CatalogueMismatch where features of an item that both list differ.
+    Raises ConfigError where the encoders differ in a shape, and CatalogueMismatch where features of the items that both list are far apart.
     """
     begin = first_state(recipe, features)
     mine, theirs = make_parts(recipe).layout, make_parts(old.recipe).layout
@@ -50,12 +50,13 @@ def carried_over(old: Checkpoint, recipe: Recipe, catalogue: Catalogue, features
 
 
 def _same_features(old: Checkpoint, begin: State, rows: torch.Tensor, their_rows: torch.Tensor) -> bool:
-    """Whether the features mean the same; those of no common width do not."""
+    """Whether the features mean the same; those of no common width do not. Two descriptions of one item may differ a little, two encoders differ much."""
     assert old.state.features is not None and begin.features is not None
     if old.state.features.shape[1] != begin.features.shape[1]:
         return False
     both = begin.features[rows].any(1) & old.state.features[their_rows].any(1)
-    if not torch.allclose(begin.features[rows][both], old.state.features[their_rows][both], atol=1e-4):
+    mine, theirs = begin.features[rows][both], old.state.features[their_rows][both]
+    if (mine - theirs).square().sum() > 0.5 * theirs.square().sum():
         raise CatalogueMismatch("[data] features say something else of the items that both catalogues list; take both from one encoder of sentences")
     return True
 

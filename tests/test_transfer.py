@@ -83,7 +83,7 @@ def test_items_keep_their_vectors_where_one_side_alone_has_features(tmp_path: Pa
 
 def test_features_that_say_something_else_of_the_same_items_are_refused(tmp_path: Path):
     _, old = run_and_checkpoint(tmp_path, has_features=True)
-    features = features_of(ELSEWHERE) + 1
+    features = -features_of(ELSEWHERE)
     with pytest.raises(CatalogueMismatch, match="something else of the items"):
         carried_over(old, recipe_of(ELSEWHERE, features), ELSEWHERE, features)
 

@@ -39,13 +39,15 @@ def text_of(catalogue: Catalogue, token: str) -> str:
 
 
 def text_vectors(catalogue: Catalogue, encode: Encode | None = None) -> NDArray[np.float32]:
-    """The vector of each item's text, (I, F), row 0 is item 1. ``encode``: another encoder of sentences than the one that ships.
+    """The vector of each item's text less the mean of all, (I, F), row 0 is item 1. ``encode``: another encoder of sentences than the one that ships.
 
     Raises DataError where nothing but tokens is known of the items, and where the encoder is not installed.
     """
     if not catalogue.titles and not catalogue.attributes:
         raise DataError("neither titles nor attributes are known of these items; give a file that has them")
-    return (encode or sentence_encoder())([text_of(catalogue, token) for token in catalogue.tokens])
+    vectors = (encode or sentence_encoder())([text_of(catalogue, token) for token in catalogue.tokens])
+    centred: NDArray[np.float32] = vectors - vectors.mean(0)
+    return centred
 
 
 def sentence_encoder() -> Encode:
