@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fedssl_server import rounds as rounds_module
+from fedssl_server import exchange
 from fedssl_simulations.grids import InProcessGrid
 from flwr.app import Message
 from oracles.slow_round import large_batch_step
@@ -97,14 +97,14 @@ def test_other_chunks_and_shards_agree_to_rounding(rounds: int, tolerance: float
 def test_the_server_holds_totals_not_uploads(monkeypatch: pytest.MonkeyPatch):
     uploads: list[weakref.ref[Upload]] = []
     alive: list[int] = []
-    real = rounds_module.add
+    real = exchange.add
 
     def add(totals: Any, upload: Upload) -> None:
         uploads.append(weakref.ref(upload))
         alive.append(sum(ref() is not None for ref in uploads))
         real(totals, upload)
 
-    monkeypatch.setattr(rounds_module, "add", add)
+    monkeypatch.setattr(exchange, "add", add)
     train(small_config({"server": {"rounds": 1, "cohort": 24}}), small_dataset(), shards=24)
     # The newest alone: those before it are gone, without the help of the garbage collector.
     assert len(uploads) == 24

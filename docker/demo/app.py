@@ -1,4 +1,4 @@
-"""The app on a device, as a person's own program would be: it joins, records what the person met, shows what is recommended, and shows it again after each training."""
+"""The app on a device, as a person's own program would be: it joins, records what was met, and shows recommendations before and after training."""
 
 from __future__ import annotations
 

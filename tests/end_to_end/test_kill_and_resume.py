@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from fedssl_server import rounds
+from fedssl_server import exchange, rounds
 from fedssl_simulations import run as run_module
 from fedssl_simulations.run import simulate
 from small import KEYS, PLAN, learned, small_config, small_dataset
@@ -125,7 +125,7 @@ def once(name: str, *points: Sabotage) -> Kills:
 
 # Two nodes: additions 1 and 2 are of the histogram, 3 and 4 of the counts, 5 to 16 of the training's six rounds.
 PLACES = ((1, "before"), (2, "after"), (4, "before"), (4, "after"), (5, "after"), (8, "before"), (11, "after"), (16, "after"))
-ADD = [at(rounds, "add", call, when) for call, when in PLACES]
+ADD = [at(exchange, "add", call, when) for call, when in PLACES]
 HISTORIES = [
     once("before the run is written down", at(os, "replace", 1, "before", target="run.toml")),
     once("after the run is written down", at(os, "replace", 1, "after", target="run.toml")),

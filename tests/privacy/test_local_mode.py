@@ -278,7 +278,8 @@ def test_a_round_is_the_mean_of_the_noised_uploads_of_those_who_were_asked(tmp_p
     released = run.state.memory["velocity"].double().numpy()
     where = released != 0
     assert where.mean() > 0.9
-    np.testing.assert_allclose(released[where], (total * STEP / 10)[where], rtol=1e-5)
+    # Half a unit in the last place of float32 numbers up to 1.
+    np.testing.assert_allclose(released[where], (total * STEP / 10)[where], rtol=1e-5, atol=2.0**-25)
 
 
 def test_every_user_is_charged_for_their_own_uploads_and_the_report_states_the_worst(tmp_path: Path):

@@ -423,7 +423,7 @@ def test_contrast_reads_one_window_in_the_loss_of_another_and_does_not_say_that_
 @pytest.mark.parametrize("task", [{"name": "contrastive", "negatives": 3}, {"name": "small:next_item_with_a_bomb"}])
 def test_tasks_that_do_not_declare_themselves_by_window_are_refused_with_what_to_use_instead(task: dict[str, Any], tmp_path: Path):
     config = small_config(WINDOW, {"task": [{"name": "next-item"}, task]})
-    with pytest.raises(ConfigError, match=r"no window can be clipped alone.*next-item, masked-item.*mode = 'central' or 'local'"):
+    with pytest.raises(ConfigError, match=r"no window can be clipped alone.*next-item, previous-item, masked-item.*mode = 'central' or 'local'"):
         simulate(config, out=tmp_path / "run", dataset=small_dataset(), keys=KEYS)
     assert not list(tmp_path.rglob("uploads.sqlite"))
 

@@ -86,9 +86,10 @@ def test_a_pair_is_one_cell_and_a_window_is_one_piece():
     assert windows.items[: windows.training_ends[0]].tolist() == [5] * (WINDOW + 1) + [2] * (WINDOW + 1)
 
 
+# Of users who add their own noise so few canaries show .34 to .57 of the claim, by their keys; `docs/attacks.md` has what more of them show.
 @pytest.mark.parametrize(
     ("scenario", "canaries", "part"),
-    [(ADAPTIVE, FEW, 0.8), (COUNTS, FEW, 0.8), (LOCAL, FEW, 0.5), (WINDOWS, 2 * FEW, 0.8)],
+    [(ADAPTIVE, FEW, 0.8), (COUNTS, FEW, 0.8), (LOCAL, FEW, 0.3), (WINDOWS, 2 * FEW, 0.8)],
     ids=lambda value: getattr(value, "name", ""),
 )
 def test_in_every_mode_the_bound_comes_close_to_the_claim(scenario: Scenario, canaries: int, part: float, tmp_path: Path):
