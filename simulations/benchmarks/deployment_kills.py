@@ -24,7 +24,6 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +160,7 @@ def hold(folder: Path, kills: int, seed: int, plans: list[str], seconds: float) 
                     break
     finally:
         fleet.end()
-    found = Findings()
-    for device in fleet.devices:
-        one = device.findings()
-        for name in (field.name for field in fields(Findings)):
-            setattr(found, name, getattr(found, name) + getattr(one, name))
+    found = sum((device.findings() for device in fleet.devices), Findings())
     row["resumed_by_itself"] = (fleet.server.folder / "run.log").read_text().count("as a new Flower run")
     return {"kills": sum(killed.values()), "killed": dict(killed), **row, **vars(found)}
 

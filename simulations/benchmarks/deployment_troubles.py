@@ -17,7 +17,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +104,7 @@ def hold(folder: Path) -> dict[str, Any]:
             ended = run.wait(lambda: run.is_done, 120) or run.is_done
             checked, resumed = check_run(run, "central"), run.resumed
         fleet.end()
-        found = Findings()
-        for device in fleet.devices:
-            one = device.findings()
-            for name in (field.name for field in fields(Findings)):
-                setattr(found, name, getattr(found, name) + getattr(one, name))
+        found = sum((device.findings() for device in fleet.devices), Findings())
     about = {"troubles": len(story.seen), "not_seen": story.failed, "gave_up_on_a_full_disk": gave_up, "resumed_by_hand": resumed, "ended": ended}
     return {**about, **checked, **vars(found), "seen": story.seen}
 

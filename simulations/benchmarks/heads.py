@@ -8,12 +8,9 @@ test differs, and the mean of 1 / rank over the tenth of users who are served wo
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import results
 from fedssl_simulations.run_files import read_run
-from paired import gain, ndcg, ranks_of, row_of, said, worst_tenth
+from paired import arguments_of, gain, ndcg, ranks_of, row_of, said, worst_tenth
 
 from fedssl.config import HeadConfig
 from fedssl.data.dataset import load_dataset
@@ -26,13 +23,7 @@ HEADS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", nargs="?", default="ml-100k")
-    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--only", action="append", default=[], help="this head beside none; may be repeated")
-    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, one="this head beside none")
     dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
     configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
     arms = {}

@@ -6,6 +6,7 @@ there with the same settings is not run again.
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,17 @@ Floats = NDArray[np.float64]
 DRAWS = 2000
 CURVE = 20
 """Validations of a run on the way."""
+
+
+def arguments_of(about: str | None, *, one: str) -> argparse.Namespace:
+    """The command line of a comparison: preset, seeds, settings, which ``one`` alone, and where runs are kept."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", nargs="?", default="ml-100k")
+    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    parser.add_argument("--only", action="append", default=[], help=f"{one}; may be repeated")
+    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
+    return parser.parse_args()
 
 
 def row_of(name: str, preset: str, config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Any]:

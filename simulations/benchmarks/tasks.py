@@ -9,14 +9,12 @@ item alone reaches in the end.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import results
 from fedssl_simulations.run_files import read_run
-from paired import gain, ndcg, ranks_of, row_of, said
+from paired import arguments_of, gain, ndcg, ranks_of, row_of, said
 
 from fedssl.config import RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset, load_dataset
@@ -32,13 +30,7 @@ BESIDE = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("preset", nargs="?", default="ml-100k")
-    parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--set", action="append", default=[], dest="overrides")
-    parser.add_argument("--only", action="append", default=[], help="this arm beside next item alone; may be repeated")
-    parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__, one="this arm beside next item alone")
     dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
     arms: dict[str, list[dict[str, Any]]] = {}
     for name in (ALONE, LONGER, *BESIDE):

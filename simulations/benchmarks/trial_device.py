@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from concurrent import futures
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,9 @@ class Findings:
     uncharged: int = 0
     unlike: int = 0
     charges: int = 0
+
+    def __add__(self, other: Findings) -> Findings:
+        return Findings(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(self)})
 
 
 @dataclass
