@@ -10,6 +10,7 @@ A federated row keeps its curve: validations of 2,000 users on the way, with the
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +32,9 @@ EQUAL = "federated, equal weights"
 EQUAL_SUM = "federated, equal weights, summed loss"
 CONTRAST = "federated, weights by positions, with contrast"
 HEAD = "federated, weights by positions, with a head"
+PREVIOUS = "federated, weights by positions, with the previous item"
+HISTORY = "federated, weights by positions, with the history's mean"
+BOTH = "federated, weights by positions, with the previous item and the history's mean"
 CURVE = 12
 """Validations of a run, the one after the last round too."""
 
@@ -77,13 +81,26 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
         EQUAL_SUM: {**equal, "local": config.local.model_copy(update={"reduction": "sum"})},
         CONTRAST: {"task": (*tasks, TaskConfig(name="contrastive", weight=0.1, negatives=8))},
         HEAD: {"head": HeadConfig(name="user-vector")},
+        PREVIOUS: {"task": with_previous_item(tasks)},
+        HISTORY: {"head": HeadConfig(history=3.0)},
+        BOTH: {"task": with_previous_item(tasks), "head": HeadConfig(history=3.0)},
     }
     baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
     made = {
-        name: lambda name=name, update=update: federated(config.model_copy(update=update), dataset, runs and runs / name.replace(", ", "-").replace(" ", "-"))
+        name: lambda name=name, update=update: federated(config.model_copy(update=update), dataset, runs and runs / re.sub(r"[,' ]+", "-", name))
         for name, update in variants.items()
     }
     return {**baselines, **made}
+
+
+def with_previous_item(tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+    """The tasks with ``previous-item`` beside them, half the weight; where the first draws negatives, the two share them."""
+    first, *others = tasks
+    beside = TaskConfig(name="previous-item", weight=0.5)
+    if first.negatives:
+        first = first.model_copy(update={"negatives": first.negatives // 2})
+        beside = beside.model_copy(update={"negatives": first.negatives})
+    return (first, *others, beside)
 
 
 def federated(config: RunConfig, dataset: Dataset, kept: Path | None) -> dict[str, Any]:

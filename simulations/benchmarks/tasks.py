@@ -15,6 +15,7 @@ import numpy as np
 import results
 from fedssl_simulations.run_files import read_run
 from paired import arguments_of, gain, ndcg, ranks_of, row_of, said
+from quality import with_previous_item
 
 from fedssl.config import RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset, load_dataset
@@ -23,8 +24,8 @@ from fedssl.evaluation import SHORT_HISTORY
 ALONE = "next item"
 LONGER = "next item, 1.6 times the rounds"
 """About as many seconds as two tasks take."""
+PREVIOUS = "previous item"
 BESIDE = {
-    "previous item": TaskConfig(name="previous-item", weight=0.5),
     "contrast": TaskConfig(name="contrastive", weight=0.1, negatives=8),
 }
 
@@ -33,7 +34,7 @@ def main() -> None:
     arguments = arguments_of(__doc__, one="this arm beside next item alone")
     dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
     arms: dict[str, list[dict[str, Any]]] = {}
-    for name in (ALONE, LONGER, *BESIDE):
+    for name in (ALONE, LONGER, PREVIOUS, *BESIDE):
         if name == ALONE or not arguments.only or name in arguments.only:
             configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
             arms[name] = [row_of(name, arguments.preset, arm(name, config), dataset, arguments.runs) for config in configs]
@@ -48,13 +49,10 @@ def arm(name: str, config: RunConfig) -> RunConfig:
     if name == LONGER:
         server = server.model_copy(update={"rounds": round(1.6 * server.rounds)})
     task = config.task
-    if name in BESIDE:
-        beside = BESIDE[name]
-        first, *others = task
-        if beside.name == "previous-item" and first.negatives:
-            first = first.model_copy(update={"negatives": first.negatives // 2})
-            beside = beside.model_copy(update={"negatives": first.negatives})
-        task = (first, *others, beside)
+    if name == PREVIOUS:
+        task = with_previous_item(task)
+    elif name in BESIDE:
+        task = (*task, BESIDE[name])
     return config.model_copy(update={"server": server, "task": task})
 
 
