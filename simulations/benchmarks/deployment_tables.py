@@ -1,4 +1,4 @@
-"""The README's tables of a deployment: its faults, and what many nodes cost its server."""
+"""The README's tables of devices: what one costs, what a deployment reaches, its faults, and what many nodes cost its server."""
 
 from __future__ import annotations
 
@@ -67,4 +67,41 @@ def many_nodes() -> str:
         f"{row['seconds_a_node_a_round']:.2f} s a node a round with the nodes' own training on the same two cores (CPU: {used}), "
         f"{row['upload_bytes'] / 1e3:.0f} kB up and as much down; resident at their peak: "
         f"{', '.join(f'{name} {size} MB' for name, size in peak.items() if size > 50)}.\n"
+    )
+
+
+def device() -> str:
+    row = results.newest("device")
+    if row is None:
+        return ""
+    found = {name: f"{value:.0f}" if name.endswith("MB") else f"{value:.2g}" for name, value in row["measured"].items()}
+    parts = [
+        f"start to first recommendation {found['start to first recommendation s']} s",
+        f"`Recommend` {found['recommend p50 ms']} ms, 99% below {found['recommend p99 ms']} ms",
+        f"`Record`, on the disk, {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
+        f"agent idle {found['idle MB']} MB, after a training {found['after a training MB']} MB",
+        f"the process that trains {found['training child MB']} MB for {found['training s']} s, and Flower's ClientApp beside it {found['ClientApp MB']} MB",
+        f"a training ends {found['gate to the end of a training s']} s after a gate closes",
+    ]
+    about = f"{row['items']:,} items, 1.82 million cells of counts, a history of {row['history']}; the agent asked over its socket"
+    return f"**A device** (`python simulations/benchmarks/device.py`; {about}): {'; '.join(parts)}.\n"
+
+
+def deployment() -> str:
+    fleets = {"nodes": "two nodes of 25 users", "devices": "three devices with agents"}
+    lines = []
+    for kind, words in fleets.items():
+        row = results.newest("deployment", kind=kind)
+        if row is not None:
+            rounds = list(row["apart"])
+            cells = [f"{row[name][number]:.0e}" if row[name][number] else "0" for name in ("apart", "apart_other") for number in rounds]
+            lines.append(f"| {words} | {' | '.join(cells)} | {'yes' if row['same_bytes'] else 'no'} | {row['round_seconds']:.0f} |")
+    if not lines:
+        return ""
+    head = [f"{what} {number}" for what in ("after round", "other chunks, two threads: after round") for number in rounds]
+    return (
+        "**Deployed against simulated**, everything on (Adam, dropout, a head, counts, clip, noise by keys that both know), over a SuperLink with TLS and node "
+        "authentication: the largest difference of any weight from the simulation in the same chunks, and from one in other chunks on two threads "
+        f"(`python simulations/benchmarks/deployment.py`; the largest weight is {row['largest']:.1f}; a round is mostly waiting and new processes).\n\n"
+        f"| fleet | {' | '.join(head)} | same bytes | seconds a round |\n|---|{'---|' * len(head)}---|---|\n" + "\n".join(lines) + "\n"
     )

@@ -1,0 +1,139 @@
+"""The README's tables of what is learned: quality on each data set, and what tasks, heads, features and other models give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import cold_items as cold
+import results
+import transfer as carried
+from cells import spread
+
+QUALITY = (
+    ("popularity", "popularity"),
+    ("each alone", "each user alone (a sample)"),
+    ("markov", "Markov, last three items decayed"),
+    ("log-lift counts", "item-to-item counts alone, log-lift"),
+    ("central", "central training of the same encoder"),
+    ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
+    ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
+    ("federated, weights by positions", "**federated**, weights by positions"),
+    ("federated, weights by positions, with contrast", "**federated**, weights by positions, the contrastive task beside"),
+    ("federated, weights by positions, with a head", "**federated**, weights by positions, a user vector kept by each"),
+    ("federated, weights by positions, with the previous item", "**federated**, weights by positions, + the task previous item"),
+    ("federated, weights by positions, with the history's mean", "**federated**, weights by positions, + the head of the history's mean"),
+    ("federated, weights by positions, with the previous item and the history's mean", "**federated**, weights by positions, + both"),
+)
+
+CURVES = """![NDCG@10 `unseen` on the validation event against rounds, seconds of training and bytes that a user has sent](docs/quality.svg)
+
+*The whole recommender's NDCG@10 `unseen` on the validation event (`python simulations/benchmarks/curves.py` draws what `quality.py` recorded).*
+"""
+
+
+def quality(preset: str) -> str:
+    """A preset's rows, each the mean over the seeds that were run, with the least and the most."""
+    newest = results.newest("quality", preset=preset, name="federated, weights by positions")
+    if newest is None:
+        return ""
+    # Rows of other settings are what the preset once was; of one seed the newest counts.
+    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name, _ in QUALITY}
+    for row in results.rows("quality"):
+        if (row["preset"], row["settings"]) == (preset, newest["settings"]) and row["name"] in found:
+            found[row["name"]][row["seed"]] = row
+    lines = [
+        f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
+        f"2 cores of {newest['cpu']}). Means over seeds (least to most); seconds are of training, by mean, with whatever else ran on the machine.",
+        "",
+        "| recommender | `all` | `unseen` | seeds | seconds |",
+        "|---|---|---|---|---|",
+    ]
+    for name, label in QUALITY:
+        rows = list(found[name].values())
+        if not rows:
+            continue
+        parts = rows[0]["test"].get("parts", {})
+        if "encoder" in parts:
+            lines.append(line(f"{label}: encoder alone", [row["test"]["parts"]["encoder"] for row in rows], rows))
+            lines.append(line(f"{label}: encoder and counts", [row["test"] for row in rows], rows))
+        else:
+            lines.append(line(label, [row["test"] for row in rows], rows))
+    central, equal, positions = (found[name] for name in ("central", "federated, equal weights, summed loss", "federated, weights by positions"))
+    if "counts" in newest["test"].get("parts", {}):
+        lines.append(line("the preset's item-to-item counts alone", [row["test"]["parts"]["counts"] for row in positions.values()], []))
+    said = []
+    if set(central) & set(equal):
+        said.append(f"{share(equal, central)} of central training (encoder alone)")
+    if set(positions) & set(equal):
+        alone = share(equal, positions)
+        with_counts = f" with the counts, {alone} without" if "parts" in newest["test"] else ""
+        said.append(f"{share(equal, positions, whole=True)} of weights by positions{with_counts}")
+    if said:
+        lines += ["", f"Federated with equal weights (summed loss) reaches, `all` / `unseen`, {'; '.join(said)}."]
+    return "\n".join([*lines, ""])
+
+
+def share(rows: Mapping[int, Mapping[str, Any]], of: Mapping[int, Mapping[str, Any]], *, whole: bool = False) -> str:
+    """The ratio of means over the seeds that both have, of the encoder alone or of the whole recommender."""
+    seeds = sorted(set(rows) & set(of))
+
+    def total(some: Mapping[int, Mapping[str, Any]], which: str) -> float:
+        tests = [some[seed]["test"] for seed in seeds]
+        return sum(float((test if whole else test.get("parts", {}).get("encoder", test))[which]["ndcg@10"]) for test in tests)
+
+    return " / ".join(f"{total(rows, which) / total(of, which):.3f}" for which in ("all", "unseen"))
+
+
+def line(label: str, found: list[Mapping[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """A row of a table of quality. ``rows``: for the seeds and the seconds; none: both are left empty."""
+    cells = [
+        f"{found[0][which]['ndcg@10']:.4f}" if len({one[which]["ndcg@10"] for one in found}) == 1 else spread([one[which] for one in found])
+        for which in ("all", "unseen")
+    ]
+    seeds = ", ".join(str(row["seed"]) for row in rows)
+    seconds = f"{sum(row['seconds'] for row in rows) / len(rows):.0f}" if rows else ""
+    return f"| {label} | {' | '.join(cells)} | {seeds} | {seconds} |"
+
+
+def parts_that_help() -> str:
+    """What a task and a head are worth, by the newest comparison over three seeds."""
+    lines = []
+    for file, beside in (("task_gains", "next item"), ("head_gains", "no head")):
+        newest = {(row["preset"], row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
+        for (preset, name), row in newest.items():
+            for what, one in row["gains"].items():
+                (low, high), (least, most) = one["interval"], one["seeds"]
+                what = f"NDCG@10, {what}" if file == "task_gains" else what
+                change = f"{one['gain']:+.1%} ({low:+.1%} to {high:+.1%}) | {least:+.1%} to {most:+.1%}"
+                lines.append(f"| {name}, against {beside} | `{preset}` | {what} | {one['before']:.4g} | {one['after']:.4g} | {change} |")
+    if not lines:
+        return ""
+    head = "| with | preset | `unseen` of the test | without | with | gain (95 % over users) | seeds |\n|---|---|---|---|---|---|---|\n"
+    about = "runs with and without, compared user by user over three seeds (`python simulations/benchmarks/tasks.py`, `heads.py`)"
+    return f"**Tasks and heads** ([docs/tasks.md](docs/tasks.md)): {about}.\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def cold_items() -> str:
+    """Items and people not met in training, with and without features of items."""
+    newest = results.newest("cold_items")
+    if newest is None:
+        return ""
+    rows = list({row["seed"]: row for row in results.rows("cold_items") if row["settings"] == newest["settings"]}.values())
+    about = (
+        f"`{newest['preset']}`, {len(rows)} seeds, a tenth of the items and of the people kept from training, `unseen`, without features of items and "
+        "with them (`python simulations/benchmarks/cold_items.py --features ... --set server.rows_left_out=0.25`)"
+    )
+    return f"**Items and people not met before** ([docs/new-items.md](docs/new-items.md)): {about}.\n\n{cold.table(rows)}\n"
+
+
+def transfer() -> str:
+    """The first rounds on a new catalogue from a checkpoint of another one."""
+    newest = results.newest("transfer")
+    if newest is None:
+        return ""
+    rows = list({(row["name"], row["seed"]): row for row in results.rows("transfer") if row["settings"] == newest["settings"]}.values())
+    seeds = len({row["seed"] for row in rows})
+    about = f"MovieLens-100K from a model of MovieLens-1M, NDCG@10 `unseen` on the validation event, {seeds} seeds, intervals of 95 % over people"
+    where = "[docs/new-items.md](docs/new-items.md); `python simulations/benchmarks/transfer.py`"
+    return f"**A new catalogue from a checkpoint** ({where}): {about}.\n\n{carried.table(rows)}\n"
