@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from fedssl.chunk_training import Chunk, ChunkJob, MappedJob, begin_chunks, begin_mapped_chunks, cut_chunks, narrow
 from fedssl.config import CountsConfig
 from fedssl.counts import dense, most_popular, sum_items, sum_transitions
-from fedssl.data.histories import Histories, open_histories, take_users, write_histories
+from fedssl.data.histories import Histories, take_users
+from fedssl.data.history_store import open_histories, write_histories
 from fedssl.data.watch import unchanged
 from fedssl.data.windows import Events
 from fedssl.device_evaluation import model_of, sums_of_ranks

@@ -6,8 +6,9 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedssl_simulations.run import make_shards, simulate
+from fedssl_simulations.run import simulate
 from fedssl_simulations.run_files import read_run, write_run
+from fedssl_simulations.simulated_nodes import make_shards
 
 from fedssl.catalogue import write_catalogue
 from fedssl.checkpoints import list_checkpoints

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from fedssl.catalogue import Catalogue
 from fedssl.config import DataConfig
 from fedssl.data.dataset import Dataset, add_side_files, load_dataset, open_dataset, public_catalogue, put_rest, refuse_empty, write_dataset
-from fedssl.data.histories import fingerprint_of, map_histories, put_about, refuse_unknown, written_beside
+from fedssl.data.histories import fingerprint_of, refuse_unknown
+from fedssl.data.history_store import map_histories, put_about, written_beside
 from fedssl.data.paths import find_path
 from fedssl.data.readers import FORMATS, read_events
 from fedssl.data.readers.blocks import Block, collect

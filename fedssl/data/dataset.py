@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from fedssl.catalogue import Catalogue, read_catalogue, write_catalogue
 from fedssl.config import DataConfig
 from fedssl.data.features_file import read_features
-from fedssl.data.histories import Histories, make_histories, open_histories, put_histories, read_about, written_beside
+from fedssl.data.histories import Histories, make_histories
+from fedssl.data.history_store import open_histories, put_histories, read_about, written_beside
 from fedssl.data.interactions import Interactions, k_core
 from fedssl.data.paths import find_path
 from fedssl.data.readers import read_interactions, read_items, read_users

@@ -28,8 +28,9 @@ from fedssl_client.history import Event, HistoryStore
 from fedssl_client.policy import Retention, read_policy
 from fedssl_server.processes import Processes, program
 from fedssl_simulations.federation import federation
-from fedssl_simulations.run import make_shards, simulate
+from fedssl_simulations.run import simulate
 from fedssl_simulations.run_files import read_run, write_run
+from fedssl_simulations.simulated_nodes import make_shards
 from safetensors.numpy import load_file
 
 from fedssl.catalogue import write_catalogue

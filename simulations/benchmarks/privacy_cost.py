@@ -21,7 +21,7 @@ import results
 import torch
 from fedssl_server.rounds import RoundFacts, Run, owners, run_rounds
 from fedssl_simulations.grids import InProcessGrid, handler_of
-from fedssl_simulations.run import make_shards
+from fedssl_simulations.simulated_nodes import make_shards
 from throughput import COHORT, job
 
 from fedssl.checking import check

@@ -103,7 +103,7 @@ def rounds_of(store: Path, folder: Path, head: str = "user-vector") -> Callable[
     """Whole rounds of 1,000 users with heads (all trained before) or without from a store, one a call."""
     from fedssl_server.rounds import Run, owners, run_rounds
     from fedssl_simulations.grids import InProcessGrid, handler_of
-    from fedssl_simulations.run import make_shards
+    from fedssl_simulations.simulated_nodes import make_shards
 
     from fedssl.checking import check
     from fedssl.config import RunConfig

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from fedssl_client.trainer import answer
 from fedssl_server.rounds import Run, owners, run_rounds
 from fedssl_simulations import grids
-from fedssl_simulations.run import make_shards
+from fedssl_simulations.simulated_nodes import make_shards
 from peer_jobs.plain_sasrec import encode
 from torch import Tensor
 

@@ -7,13 +7,10 @@ and nodes that each host a shard of the users.
 from __future__ import annotations
 
 import json
-import math
 import platform
-import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -27,22 +24,18 @@ from numpy.typing import NDArray
 import fedssl
 from fedssl import seeds
 from fedssl.checkpoints import Checkpoint, name_of, name_of_round, newest_checkpoint, read_checkpoint, tidy_checkpoints
-from fedssl.client_round import Notes, Shard
-from fedssl.collapse import Spread
+from fedssl.client_round import Notes
 from fedssl.config import RunConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.features_file import hash_of
-from fedssl.data.histories import Histories, take_users
-from fedssl.disk import write_whole, writing
+from fedssl.data.histories import Histories
+from fedssl.disk import write_whole
 from fedssl.errors import CatalogueMismatch, ConfigError, RunFolderError
-from fedssl.evaluation import Ranks, evaluate
+from fedssl.evaluation import evaluate
 from fedssl.keeper import Keeper
-from fedssl.parts import make_parts
-from fedssl.privacy.keys import Keys, cohort_of_pass, make_keys, read_keys, users_per_round
+from fedssl.privacy.keys import Keys, make_keys, read_keys
 from fedssl.privacy.ledger import Ledger
-from fedssl.privacy.manifest import declared_sums
-from fedssl.privacy.plan import Plan, make_plan
-from fedssl.privacy.uploads import Device, UploadLedger
+from fedssl.privacy.plan import make_plan
 from fedssl.recipe import Recipe, make_recipe
 from fedssl.recommender import Recommender
 from fedssl.round_lines import append_line, cut_back, read_lines
@@ -54,12 +47,11 @@ from fedssl_simulations.early_stop import Validations, best_round, is_over, vali
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from fedssl_simulations.run_files import read_written_run, write_run
 from fedssl_simulations.run_folder import claim
+from fedssl_simulations.run_report import clip_rule, make_report, metrics_line, opacus_beside
+from fedssl_simulations.simulated_nodes import check_devices_not_behind, give_devices, heads_of, make_shards, take_back_heads
 
 if TYPE_CHECKING:
     import pandas as pd
-
-LIST_LENGTH = 10
-"""How many recommendations of each user the report looks at beyond accuracy."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +160,8 @@ def _simulate(
     node_ids, owner_U = owners({index + 1: shard.users for index, shard in shards.items()}, histories.num_users)
     run = ServerRun(about["run"], recipe, histories.num_users, node_ids, owner_U, *((None, None) if is_local else (plan, keys)), ledger)
     if is_local and keys is not None:
-        _give_devices(shards, folder / "devices", keys, may_be_new=not state.phase)
-        _check_devices_not_behind(shards, recipe, histories.num_users, state.charged.get("training", 0))
+        give_devices(shards, folder / "devices", keys, may_be_new=not state.phase)
+        check_devices_not_behind(shards, recipe, histories.num_users, state.charged.get("training", 0))
     rounds = {phase.name: phase.rounds for phase in phases}
     keeper = Keeper(folder, Checkpoint(state, recipe, dataset.catalogue, about["run"], about["fingerprint"]), config.system)
     trained = state.round if state.phase == "training" else 0
@@ -180,7 +172,7 @@ def _simulate(
         return is_over(seen, patience) or should_stop()
 
     # What rounds beyond the checkpoint did to heads is taken back now, not when their node is next asked.
-    _take_back_heads(shards, recipe, after=trained, settled=keeper.settled)
+    take_back_heads(shards, recipe, after=trained, settled=keeper.settled)
 
     @cache
     def sample() -> NDArray[np.int64]:
@@ -209,7 +201,7 @@ def _simulate(
         epsilon = plan.epsilon(state.charged) if plan is not None else None
         append_line(
             folder / "metrics.jsonl",
-            _metrics_line(
+            metrics_line(
                 facts,
                 shards,
                 validation,
@@ -233,7 +225,7 @@ def _simulate(
     rounds_run = state.round if state.phase == "training" else 0
     if is_finished and seen and best_round(seen) != state.round:
         state = read_checkpoint(folder / "checkpoints" / name_of_round(best_round(seen))).state
-        _take_back_heads(shards, recipe, after=state.round, settled=state.round)
+        take_back_heads(shards, recipe, after=state.round, settled=state.round)
     model = Recommender(recipe, state.released(recipe), state.counts, heads=heads_of(shards, recipe))
     if not is_finished:
         save(state)
@@ -247,9 +239,9 @@ def _simulate(
         "average_from": recipe.server.average_from if state.average_P is not None else None,
         "stopped_early": rounds_run < rounds.get("training", 0),
     }
-    report["privacy"] = {**plan.statement(), **_clip_rule(recipe, state), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
+    report["privacy"] = {**plan.statement(), **clip_rule(recipe, state), "epsilon": plan.epsilon(state.charged)} if plan is not None else None
     if plan is not None and plan.is_by_window:
-        report["privacy"] |= _opacus_beside(plan, state)
+        report["privacy"] |= opacus_beside(plan, state)
     contrast = contrast_facts(recipe, state.released(recipe), histories)
     if contrast is not None:
         report["contrast"] = contrast
@@ -260,130 +252,9 @@ def _simulate(
     return Run(folder, config, dataset, state, recipe, report, model, True)
 
 
-def _clip_rule(recipe: Recipe, state: State) -> dict[str, str]:
-    """In words, how the clip came about where it was adaptive."""
-    if state.clip_norm is None:
-        return {}
-    privacy = recipe.privacy
-    rule = f"adaptive: begins at {privacy.clip_norm:g} and follows the {privacy.clip_quantile:g} quantile of the norms, by the noised number of those within it"
-    return {"clip_rule": f"{rule}; after the last round it is {state.clip_norm:.4g}"}
-
-
-def _opacus_beside(plan: Plan, state: State) -> dict[str, float]:
-    """Opacus' own epsilon of the same steps, where it is installed: a simulation of single steps trains without it."""
-    if find_spec("opacus") is None:
-        return {}
-    from fedssl.privacy.dp_sgd import opacus_epsilon
-
-    return {"epsilon_by_opacus_rdp": opacus_epsilon(plan.window_events(state.round), plan.delta, bound="rdp")}
-
-
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on beside its settings."""
     return {"fedssl": fedssl.__version__, "torch": str(torch.__version__), "numpy": np.__version__, "python": platform.python_version()}
-
-
-def make_shards(dataset: Dataset, config: RunConfig, heads: Path, pool: Workers | None = None) -> dict[int, Shard]:
-    """The users dealt to nodes in pieces of like size, by number. The split changes nothing beyond rounding. All nodes share the workers."""
-    pool = pool or Workers(config.system.workers)
-    pieces = np.array_split(np.arange(dataset.histories.num_users), config.system.shards)
-    shards = {}
-    for index, users in enumerate(pieces):
-        events = dataset.histories if len(pieces) == 1 else take_users(dataset.histories, users)
-        shards[index] = Shard(events, users, heads / f"node-{index:03d}", users_per_chunk=config.system.users_per_chunk, pool=pool)
-    return shards
-
-
-def _give_devices(shards: dict[int, Shard], folder: Path, keys: Keys, *, may_be_new: bool) -> None:
-    """Key and ledger of each node: users' noise comes from the run's own secret, as on devices it comes from theirs."""
-    for index, shard in shards.items():
-        place = folder / f"node-{index:03d}"
-        with writing(place):
-            place.mkdir(parents=True, exist_ok=True)
-        shard.device = Device(keys.noise, UploadLedger(place / "uploads.sqlite", keys.noise, may_be_new=may_be_new))
-        shard.is_simulated = True
-
-
-def _check_devices_not_behind(shards: dict[int, Shard], recipe: Recipe, num_users: int, rounds: int) -> None:
-    """Every user's uploads in the first ``rounds`` rounds must be in their node's ledger."""
-    uploads_U = np.zeros(num_users, dtype=np.int64)
-    for number in range(1, rounds + 1):
-        uploads_U[cohort_of_pass(recipe.seed, users_per_round(recipe.server.cohort, num_users), num_users, number)] += 1
-    for shard in shards.values():
-        shard.own().ledger.check_not_behind(dict(zip(shard.users.tolist(), uploads_U[shard.users].tolist(), strict=True)))
-
-
-def _take_back_heads(shards: dict[int, Shard], recipe: Recipe, *, after: int, settled: int) -> None:
-    """Heads as they were after training round ``after``; the way back is kept from ``settled`` on."""
-    for shard in shards.values():
-        store = shard.heads(recipe)
-        if store is not None:
-            store.begin(after + 1, settled=settled)
-
-
-def heads_of(shards: dict[int, Shard], recipe: Recipe) -> Callable[[NDArray[np.int64]], NDArray[np.float32]] | None:
-    """A look-up of users' heads over all shards; None where the recipe has none."""
-    if recipe.head.name == "none":
-        return None
-
-    def read(users: NDArray[np.int64]) -> NDArray[np.float32]:
-        result = np.zeros((len(users), recipe.encoder.width), dtype=np.float32)
-        for shard in shards.values():
-            store = shard.heads(recipe)
-            assert store is not None
-            # Users are sorted: looked up, not searched for among all that there are.
-            places = np.searchsorted(shard.users, users).clip(max=max(len(shard.users) - 1, 0))
-            mine = shard.users[places] == users if len(shard.users) else np.zeros(len(users), dtype=np.bool_)
-            result[mine] = store.read(users[mine])
-        return result
-
-    return read
-
-
-def make_report(folder: Path, config: RunConfig, dataset: Dataset, rounds: int, recipe: Recipe, model: Recommender) -> dict[str, Any]:
-    """report.json of a finished run: test and validation over all users, groups, what is recommended, cost."""
-    histories = dataset.histories
-    ks, num_items = config.evaluation.ks, dataset.catalogue.num_items
-    ranks: dict[str, Ranks] = {
-        "test": evaluate(model, histories, "test", ks=ks, list_length=LIST_LENGTH),
-        "validation": evaluate(model, histories, "validation", ks=ks),
-    }
-    lines = read_lines(folder / "metrics.jsonl")
-    trained = sum(line["users"] for line in lines if line["phase"] == "training")
-    seconds = sum(line["seconds"] for line in lines)
-    num_weights = make_parts(recipe).layout.num_weights
-    scalars = 0 if config.privacy.has_plan else 16
-    return {
-        "data": {
-            "users": histories.num_users,
-            "items": num_items,
-            "events": histories.num_events,
-            "fingerprint": histories.fingerprint,
-        },
-        "test": ranks["test"].summary(),
-        "validation": ranks["validation"].summary(),
-        "groups": ranks["test"].groups(histories),
-        "beyond_accuracy": {"list_length": LIST_LENGTH, **ranks["test"].beyond_accuracy(histories, num_items)},
-        "cost": {
-            "rounds": rounds,
-            "users_trained": trained,
-            "seconds": seconds,
-            "users_per_second": trained / seconds if seconds else 0.0,
-            # What a device of one user sends and receives in a training round; a shard of many sends one sum for all of them.
-            "upload_bytes_per_user": 4 * num_weights + scalars if recipe.server.rounds else 0,
-            "download_bytes_per_user": 4 * num_weights if recipe.server.rounds else 0,
-            **_counts_cost(recipe),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        },
-    }
-
-
-def _counts_cost(recipe: Recipe) -> dict[str, int]:
-    """What a device of one user sends once to be counted, where that does not depend on its history: under a plan."""
-    if recipe.counts is None or not recipe.privacy.has_plan:
-        return {}
-    cells = (declared_sums(recipe, name, num_weights=0)[name].shape for name in ("popularity", "counts"))
-    return {"counts_upload_bytes_per_user": 4 * sum(math.prod(shape) for shape in cells)}
 
 
 def _check_same_data(folder: Path, about: dict[str, Any], dataset: Dataset) -> None:
@@ -429,40 +300,3 @@ def _sample(config: RunConfig, histories: Histories) -> NDArray[np.int64]:
         return pool
     draw = seeds.uniform(np.array([seeds.key(config.seed, "validation users")], dtype=np.uint64), len(pool))[0]
     return np.sort(pool[np.argsort(draw, kind="stable")[: config.evaluation.users]])
-
-
-def _metrics_line(
-    facts: RoundFacts,
-    shards: dict[int, Shard],
-    validation: dict[str, Any] | None,
-    epsilon: float | None,
-    encodings: Spread | None,
-    *,
-    plan_cohort: float | None,
-    fleet_users: int,
-) -> dict[str, Any]:
-    """A round as one JSON object; under a plan what was not released through it is for the researcher only."""
-    norms = np.concatenate([shard.notes.norms_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
-    losses = np.concatenate([shard.notes.losses_U for shard in shards.values()]) if facts.phase == "training" else np.zeros(0)
-    norms, losses = norms[np.isfinite(norms)], losses[np.isfinite(losses)]
-    seen: dict[str, Any] = {"loss": facts.loss if facts.loss is not None else (float(losses.mean()) if len(losses) else None)}
-    if len(norms):
-        seen["update_norm"] = {f"{q:g}": float(np.quantile(norms, q)) for q in (0.1, 0.5, 0.9)}
-    seen["broken_users"] = sum(shard.notes.broken_users for shard in shards.values())
-    if validation is not None:
-        seen["validation"] = validation
-    if facts.evaluation is not None:
-        seen["evaluation"] = facts.evaluation
-    if encodings is not None:
-        seen["encodings"] = {**encodings._asdict(), "is_collapsed": encodings.is_collapsed}
-    line: dict[str, Any] = {"phase": facts.phase, "round": facts.round, "attempt": facts.attempt, "seconds": round(facts.seconds, 6)}
-    if fleet_users:
-        line["fleet_users"] = fleet_users
-    if facts.clip_norm is not None:
-        line["clip_norm"] = facts.clip_norm
-    line["users"] = facts.users if plan_cohort is None else plan_cohort
-    # Bytes depend on who was asked, and those of sparse counts on the histories: not released through the plan.
-    seen |= {"upload_bytes": facts.upload_bytes, "download_bytes": facts.download_bytes, "refused": len(facts.refused)}
-    if epsilon is not None:
-        return {**line, "epsilon": epsilon, "researcher_only": {**seen, "cohort": facts.users}}
-    return {**line, **seen}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from triples import coded
 
 from fedssl.catalogue import Catalogue
-from fedssl.data.histories import Histories, make_histories, open_histories, shuffled_in_time, take_users, write_histories
+from fedssl.data.histories import Histories, make_histories, shuffled_in_time, take_users
+from fedssl.data.history_store import open_histories, write_histories
 from fedssl.errors import CatalogueMismatch, DataError
 
 
@@ -177,7 +178,7 @@ def test_a_store_is_mapped_and_not_read_into_memory(tmp_path):
     histories = Histories(np.ones(events, dtype=np.int32), np.array([0, 3, events]), np.zeros(events), ("a", "b"))
     write_histories(histories, tmp_path / "store")
     program = (
-        "import resource, sys; from pathlib import Path; from fedssl.data.histories import open_histories\n"
+        "import resource, sys; from pathlib import Path; from fedssl.data.history_store import open_histories\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "histories = open_histories(Path(sys.argv[1])); assert histories.of(0).tolist() == [1, 1, 1]\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"

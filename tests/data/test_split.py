@@ -20,7 +20,8 @@ from fedssl.client_round import open_shard, write_shard
 from fedssl.config import CountsConfig, DataConfig
 from fedssl.counts import sum_transitions
 from fedssl.data.dataset import Dataset, load_dataset, make_dataset, open_dataset, write_dataset
-from fedssl.data.histories import HeldFrom, Histories, open_histories, take_users, write_histories
+from fedssl.data.histories import HeldFrom, Histories, take_users
+from fedssl.data.history_store import open_histories, write_histories
 from fedssl.data.interactions import Interactions
 from fedssl.data.split import check_has_targets, hold_out
 from fedssl.data.windows import draw_windows

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fedssl_simulations.run import Run, heads_of, make_shards, simulate
+from fedssl_simulations.run import Run, simulate
 from fedssl_simulations.run_files import read_run
 from fedssl_simulations.run_folder import claim
+from fedssl_simulations.simulated_nodes import heads_of, make_shards
 from small import BOMB, KEYS, PLAN, dataset_of, learned, small_config, small_dataset
 
 from fedssl.checking import check
