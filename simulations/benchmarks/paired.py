@@ -54,7 +54,7 @@ def row_of(name: str, preset: str, config: RunConfig, dataset: Dataset, runs: Pa
             out = (Path(folder) if runs is None else runs) / settings
             run = simulate(resume=out, dataset=dataset) if out.exists() else simulate(config, out=out, dataset=dataset)
             lines = [line for line in read_lines(run.folder / "metrics.jsonl") if "validation" in line]
-        test = evaluate(run.model, histories, "test")
+            test = evaluate(run.model, histories, "test")
         found = {
             "rounds": config.server.rounds,
             "cpu_seconds": round(time.process_time() - began, 1),
