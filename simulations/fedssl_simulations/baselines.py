@@ -18,6 +18,7 @@ from fedssl.data.histories import Histories
 from fedssl.evaluation import Scorer, evaluate
 from fedssl.recipe import make_recipe
 from fedssl.recommender import Recommender
+from fedssl.workers import Workers
 from fedssl_simulations.central import count_all, each_alone, train_centrally
 from fedssl_simulations.scorers import co_occurrence, markov, popularity
 
@@ -54,7 +55,7 @@ def _makers(config: RunConfig, dataset: Dataset) -> Iterator[tuple[str, Callable
         return {**{split: found.summary() for split, found in ranks.items()}, "about": about}
 
     def central() -> dict[str, Any]:
-        torch.set_num_threads(torch.get_num_interop_threads())
+        torch.set_num_threads(Workers(config.system.workers).number)
         weights, seconds = train_centrally(recipe, histories)
         torch.set_num_threads(1)
         return {**measured(Recommender(recipe, weights)), "seconds": seconds}
