@@ -21,7 +21,7 @@ def init(
     host: Annotated[str, typer.Option(help="The address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on")] = 8000,
 ) -> None:
-    """Make a server's folder, with keys for a trial: an authority's, the server's, and those of nodes.
+    """Make a server's folder, with keys for a trial. An authority's, the server's, and those of nodes.
 
     Example: fedssl server init server --name fl.example.org --node anna --node ben
     """
@@ -51,7 +51,7 @@ def run(
     resume: Annotated[Path | None, typer.Option(metavar="DIR", help="Go on with the run of this folder")] = None,
     catalogue: Annotated[Path | None, typer.Option(metavar="FILE", help="The public catalogue, such as a checkpoint's catalogue.jsonl")] = None,
 ) -> None:
-    """Bring a run to its end, over crashes: what a node trains, what the server adds, checkpoints.
+    """Bring a run to its end, over crashes. What a node trains, what the server adds, checkpoints.
 
     Example: fedssl server run server RUN.toml --catalogue catalogue.jsonl --out runs/first
     """
@@ -71,7 +71,7 @@ def run(
 
 @server.command()
 def status(folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for a program")] = False) -> None:
-    """Whether the SuperLink is up, which nodes may join and are there, and where the run stands.
+    """How the server is. Whether the SuperLink is up, which nodes may join and are there, and where the run stands.
 
     Example: fedssl server status server
     """

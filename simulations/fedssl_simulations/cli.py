@@ -23,8 +23,13 @@ from fedssl_simulations.commands.terminal import fail
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 for command in (runs.simulate, runs.study, runs.baselines, models.evaluate, models.recommend, models.export, models.report, models.presets):
     cli.command()(command)
-for name, group in (("data", data), ("attack", attack), ("device", device), ("server", server)):
-    cli.add_typer(group, name=name)
+for name, group, words in (
+    ("data", data, "Look at a data set; make one of any size."),
+    ("attack", attack, "What somebody who sees uploads, releases or models learns."),
+    ("device", device, "A person's device: its policy, its history, its agent."),
+    ("server", server, "A server: its keys, who may join, its runs over Flower."),
+):
+    cli.add_typer(group, name=name, short_help=words)
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES)
 

@@ -136,11 +136,11 @@ def _simulate(
     recipe = make_recipe(config, num_items=dataset.catalogue.num_items, catalogue=dataset.catalogue.hash, privacy=told, features=hash_of(dataset.features))
     phases = phases_of(recipe, dataset.catalogue)
     _check_same_data(folder, about, dataset)
-    # First of all: from here on, whatever happens, the folder is one that can be resumed.
+    state = _last_state(folder, recipe, dataset) or _first_state(config, recipe, dataset)
+    # A run that cannot begin leaves no folder that says so; from here on, whatever happens, it is one that can be resumed.
     if not about:
         about = {"run": uuid4().hex, "fingerprint": histories.fingerprint, "catalogue": dataset.catalogue.hash, **versions()}
         write_run(config, folder / "run.toml", **about)
-    state = _last_state(folder, recipe, dataset) or _first_state(config, recipe, dataset)
     ledger = Ledger(folder / "ledger.jsonl") if plan is not None and not is_local else None
     if ledger is not None:
         ledger.check_not_behind(state.charged)

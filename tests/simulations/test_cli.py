@@ -164,6 +164,40 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("words", [("--set", "server.rounds=9"), ("--seed", "2"), ("--out", "elsewhere")])
+def test_a_resume_that_would_pass_over_what_was_asked_is_wrong_usage(words: tuple[str, ...], tiny: Path, capsys: pytest.CaptureFixture[str]):
+    assert fedssl("simulate", "--resume", tiny / "run", *words) == 2
+    assert "are for a run that begins" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["encoder.name=bert4rec", "encoder.name=no_such_module:encoder", "start=nowhere"])
+def test_a_run_that_cannot_begin_leaves_its_folder_to_one_that_can(setting: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for _ in range(2):
+        assert fedssl("simulate", tiny / "run.toml", "--set", setting, "--out", tmp_path / "run") == 1
+        assert "not empty" not in capsys.readouterr().err
+    assert not (tmp_path / "run" / "run.toml").exists()
+
+
+def test_an_export_takes_the_place_of_a_model_alone(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    shutil.copytree(tiny / "run", tmp_path / "run")
+    (tmp_path / "file").write_text("kept")
+    for out in ("run", "file"):
+        assert fedssl("export", checkpoint(tiny), "--out", tmp_path / out) == 1
+        assert "it would be lost. Name another folder" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "kept"
+    assert (tmp_path / "run" / "run.toml").exists()
+    (tmp_path / "model").mkdir()
+    assert fedssl("export", checkpoint(tiny), "--out", tmp_path / "model") == fedssl("export", checkpoint(tiny), "--out", tmp_path / "model") == 0
+
+
+@pytest.mark.parametrize("group", [[], ["data"], ["attack"], ["server"]])
+def test_what_commands_are_for_is_whole_in_80_columns(group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert fedssl(*group, "--help") == 0
+    listed = capsys.readouterr().out.split("Commands:")[1]
+    assert "..." not in listed
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]):
     for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["export"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
         assert fedssl(*words, "--help") == 0

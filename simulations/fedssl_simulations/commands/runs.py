@@ -28,7 +28,7 @@ def simulate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train with every user on this machine; write checkpoints and a report.
+    """Train with every user on this machine. Writes checkpoints and a report.
 
     Example: fedssl simulate ml-1m --set data.path=ml-1m.inter.gz --out runs/first
     """
@@ -39,6 +39,8 @@ def simulate(
         raise typer.BadParameter("give a RUN.toml (or a preset's name), or --resume DIR, not both")
     if start and source is None:
         raise typer.BadParameter("--from is for a run that begins; --resume goes on from the run's own checkpoints")
+    if resume is not None and (overrides or out is not None or seed is not None):
+        raise typer.BadParameter(f"--set, --out and --seed are for a run that begins; --resume goes on with the settings in {resume / 'run.toml'}")
     begin = [f"start={json.dumps(str(Path(start).resolve()))}"] if start else []
     config = read_run(source, [*(overrides or ()), *begin], seed=seed) if source is not None else None
     with stop_after_this_round() as should_stop, progress_shown(quiet or as_json) as on_progress:
@@ -58,7 +60,7 @@ def study(
     processes: Annotated[int, typer.Option(min=0, help="Runs at once; 0: one a core")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Many runs, resumable, and one page: what privacy costs, what an attacker still learns.
+    """Many runs, resumable, and one page: what privacy costs. And what an attacker still learns.
 
     Example: fedssl study privacy --budget 60 --out studies/privacy
     """
@@ -105,7 +107,7 @@ def baselines(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Popularity, Markov, counts alone, each user alone, central training: same data, same protocol, same table.
+    """What a run is compared with: same data, same protocol. Popularity, Markov, counts alone, each user alone, central training.
 
     Example: fedssl baselines ml-1m --only popularity --only markov
     """
