@@ -145,6 +145,18 @@ class HeadConfig(Settings):
         description="Factor of the mean of the person's own item vectors, added to the hidden state: so far in the window in training, of the whole history in "
         "a recommendation; nothing is kept for it. For causal encoders; 0: none",
     )
+    adapt: float = Field(
+        0.0,
+        ge=0.0,
+        description="Step size of the user-vector's one step from each event that a device records, between rounds and in its memory alone; "
+        "no round and no evaluation sees it; 0: none",
+    )
+
+    @model_validator(mode="after")
+    def _there_is_something_to_adapt(self) -> HeadConfig:
+        if self.adapt and self.name == "none":
+            raise ValueError(f"adapt = {self.adapt:g} moves a user-vector, and name is none; set name = 'user-vector', or adapt = 0")
+        return self
 
 
 class LocalConfig(Settings):

@@ -87,7 +87,8 @@ def write_encoder(folder: Path, recipe: Recipe, weights: Mapping[str, NDArray[np
     """Exchange the ONNX file of a model folder alone, for one with these weights: whole, or as it was."""
     from fedssl.onnx_graph import encoder_graph  # What only reads a model needs no onnx.
 
-    made = encoder_graph(recipe.encoder, weights, {"run": run, "round": str(round), "recipe": recipe.hash}, history=recipe.head.history)
+    about = {"run": run, "round": str(round), "recipe": recipe.hash}
+    made = encoder_graph(recipe.encoder, weights, about, history=recipe.head.history, adapts=recipe.head.adapt > 0)
     with whole_file(folder / ENCODER_FILE) as beside:
         beside.write_bytes(made)
 

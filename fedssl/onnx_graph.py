@@ -62,12 +62,22 @@ class _Graph:
         return self("LayerNormalization", x, f"{name}.gain", f"{name}.bias", axis=-1, epsilon=1e-5)
 
 
-def encoder_graph(config: EncoderConfig, weights: Mapping[str, NDArray[np.float32]], about: Mapping[str, str] | None = None, *, history: float = 0.0) -> bytes:
+def encoder_graph(
+    config: EncoderConfig,
+    weights: Mapping[str, NDArray[np.float32]],
+    about: Mapping[str, str] | None = None,
+    *,
+    history: float = 0.0,
+    adapts: bool = False,
+) -> bytes:
     """A model file. ``weights``: the encoder's leaves and the table "items" (I + 1, D). ``about``: words that stand in its metadata.
 
     Inputs: ``rows`` (L,) int64, the newest events, oldest first, 1 <= L <= window, a single 0 where there is none; ``head`` (D,), added to
     the hidden state; and where ``history`` (of `[head]`) is not 0 ``met`` (H,) int64, the whole history, a single 0 where there is none.
     Outputs: ``scores`` (I + 1,), of which the first means nothing, and ``hidden`` (D,), without heads.
+
+    ``adapts``: also an input ``target`` (), an item that may be left out, and an output ``step`` (D,): minus the slope by ``head`` of the cross entropy
+    of the target among all items, which is its vector less the vector expected. Without a target it is zero, and costs nothing.
 
     Raises ConfigError for an encoder that does not ship: nobody wrote its graph.
     """
@@ -87,20 +97,37 @@ def encoder_graph(config: EncoderConfig, weights: Mapping[str, NDArray[np.float3
         inputs.append(helper.make_tensor_value_info("met", TensorProto.INT64, ["H"]))
         mean = graph("ReduceMean", graph("Gather", ITEMS, "met", axis=0), graph.ints(0), keepdims=0)
         personal = graph("Add", personal, graph("Mul", graph("Mul", mean, graph.floats(history)), has_history))
-    personal = graph("Unsqueeze", personal, graph.ints(1))
-    graph.nodes.append(helper.make_node("Squeeze", [graph("MatMul", ITEMS, personal), graph.ints(1)], ["scores"]))
+    scores_I1 = graph("MatMul", ITEMS, graph("Unsqueeze", personal, graph.ints(1)))
+    graph.nodes.append(helper.make_node("Squeeze", [scores_I1, graph.ints(1)], ["scores"]))
     rows, width = len(weights[ITEMS]), config.width
-    made = helper.make_graph(
-        graph.nodes,
-        "encoder",
-        inputs,
-        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [rows]), helper.make_tensor_value_info("hidden", TensorProto.FLOAT, [width])],
-        list(graph.arrays.values()),
-    )
+    outputs = [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [rows]), helper.make_tensor_value_info("hidden", TensorProto.FLOAT, [width])]
+    if adapts:
+        inputs.append(helper.make_tensor_value_info("target", TensorProto.INT64, []))
+        outputs.append(helper.make_tensor_value_info("step", TensorProto.FLOAT, [width]))
+        _add_step(graph, scores_I1, width)
+    made = helper.make_graph(graph.nodes, "encoder", inputs, outputs, list(graph.arrays.values()))
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="fedssl")
     helper.set_model_props(model, dict(about or {}))
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
+
+
+def _add_step(graph: _Graph, scores_I1: str, width: int) -> None:
+    """The output "step", in a branch that runs only where there is a target: onnxruntime computes every output, asked for or not."""
+    graph.array(0, "target", np.int64)
+    is_asked = graph("Greater", "target", graph.array(0, dtype=np.int64))
+    first = len(graph.nodes)
+    share_I1 = graph("Softmax", graph("Slice", scores_I1, graph.ints(1), graph.ints(np.iinfo(np.int64).max), graph.ints(0)), axis=0)
+    # The table is the first factor, which is never packed into a second copy.
+    expected_D1 = graph("Gemm", ITEMS, graph("Pad", share_I1, graph.ints(1, 0, 0, 0)), transA=1)
+    step = graph("Sub", graph("Gather", ITEMS, "target", axis=0), graph("Squeeze", expected_D1, graph.ints(1)))
+    asked, graph.nodes = graph.nodes[first:], graph.nodes[:first]
+    other = helper.make_node("Identity", [graph.floats(np.zeros(width))], ["no step"])
+    branches = [
+        helper.make_graph(nodes, name, [], [helper.make_tensor_value_info(result, TensorProto.FLOAT, [width])])
+        for nodes, name, result in ((asked, "step", step), ([other], "none", "no step"))
+    ]
+    graph.nodes.append(helper.make_node("If", [is_asked], ["step"], then_branch=branches[0], else_branch=branches[1]))
 
 
 def _rows(graph: _Graph, config: EncoderConfig) -> str:

@@ -53,8 +53,11 @@ class Recipe(Settings):
     def canonical(self) -> str:
         """JSON with sorted keys and no spaces: equal recipes are equal text."""
         values = self.model_dump(mode="json")
+        # A recipe without what came later is the text that it was before.
         if self.evaluation is None:
-            del values["evaluation"]  # So that a recipe without it is the text that it was before there was any.
+            del values["evaluation"]
+        if not self.head.adapt:
+            del values["head"]["adapt"]
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
     @cached_property

@@ -8,6 +8,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from fedssl_client.store import locked
 from fedssl_client.training import Trainer, command_of
 
 DEFAULT_K = 10
+LONGEST_STEP = 0.005
+"""Seconds that `record` waits for the head's step at most. A longer one goes on alone, and counts when it is done."""
 _NO_MODEL = (0, 0)
 
 
@@ -55,14 +58,25 @@ class Agent:
         self._model_lock = threading.Lock()
         self._recommender: DeviceRecommender | None = None
         self._head: NDArray[np.float32] | None = None
+        self._stored: NDArray[np.float32] | None = None
+        self._begun = self._steps = self._failed_steps = 0
+        self._stepping = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._made = _NO_MODEL
         with locked(folder):
             settle(folder / MODEL)  # Not while an import exchanges the names.
         self.load_model()
 
     def record(self, item: str, when: float | None, value: float | None) -> None:
-        """Keep something the person met; on the disk when this returns. Raises DataError for what is no event, DiskError."""
-        self._history.record(item, now() if when is None else when, 1.0 if value is None else value, self.policy.retention)
+        """Keep something the person met; on the disk when this returns. Raises DataError for what is no event, DiskError.
+
+        Under a recipe with `[head] adapt` the head takes a step from the newest event, for which this waits `LONGEST_STEP` at most.
+        """
+        begun = self._begun  # Before the event is there: else one that is forgotten next could still be learned from.
+        before = self._history.record(item, now() if when is None else when, 1.0 if value is None else value, self.policy.retention)
+        if before and self._recommender is not None and self._recommender.recipe.head.adapt:
+            step = self._stepping.submit(self._step, before, item, begun)
+            wait([step], LONGEST_STEP)
+            step.cancel()  # Where it is still behind another one.
 
     def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
         """The best items after the person's history. Raises NoModel."""
@@ -92,6 +106,8 @@ class Agent:
             "epsilon": sum(joined.values()),
             "uploads": uploads,
             "trainings_today": trainings,
+            "steps": self._steps,
+            "failed_steps": self._failed_steps,
         }
 
     def forget(self, item: str | None) -> int:
@@ -139,6 +155,7 @@ class Agent:
         with self._trainer.paused():
             had_joined = self._history.leave(server)
             self._erase_outbox()
+            self._begin_anew()
         note(LOG, "left", server=server)
         return had_joined
 
@@ -193,21 +210,51 @@ class Agent:
         """End the training that runs, and close the history."""
         with self._trainer.paused():
             self._history.close()
+        self._stepping.shutdown()
 
     def load_model(self) -> None:
         """Recommend with what is in the folder now: another model, or newer weights of the same. Without one, those at hand stay.
 
-        Raises CheckpointError where it is not whole.
+        Steps that the head has taken end with the model or the stored head that they began from. Raises CheckpointError where it is not whole.
         """
         with self._model_lock:
             made = self._model_on_disk()
-            if made != self._made and made != _NO_MODEL:
+            is_other = made != self._made and made != _NO_MODEL
+            if is_other:
                 if self._recommender is not None and made[0] == self._made[0]:
                     self._recommender.refresh()
                 else:
                     self._recommender = DeviceRecommender(self.folder / MODEL)
                 self._made = made
-            self._head = self._read_head()
+            stored = self._read_head()
+            if is_other or _bytes(stored) != _bytes(self._stored):
+                self._begin_from(stored)
+
+    def _step(self, before: list[str], item: str, begun: int) -> None:
+        """One step of gradient descent on the head alone, in memory, unless it has begun anew. Whatever fails, the event is kept."""
+        try:
+            with self._model_lock:
+                recommender, head, is_due = self._recommender, self._head, self._begun == begun
+            assert recommender is not None
+            row, rows = recommender.catalogue.rows.get(item), recommender.rows(before)
+            if not is_due or row is None or not len(rows):
+                return
+            step = np.float32(recommender.recipe.head.adapt) * recommender.step(rows, row, head)
+            with self._model_lock:
+                if self._begun == begun:
+                    self._head = step if head is None else head + step
+                    self._steps += 1
+        except Exception:  # What onnxruntime raises has no common base. Not a line of the log, which would say when.
+            self._failed_steps += 1
+
+    def _begin_anew(self) -> None:
+        """Forget what the head learned since it was stored."""
+        with self._model_lock:
+            self._begin_from(self._read_head())
+
+    def _begin_from(self, stored: NDArray[np.float32] | None) -> None:
+        self._stored = self._head = stored
+        self._begun, self._steps = self._begun + 1, 0
 
     def _model_on_disk(self) -> tuple[int, int]:
         """Which model folder there is, and which encoder in it."""
@@ -230,9 +277,8 @@ class Agent:
 
     def _forget_learned(self) -> None:
         shutil.rmtree(self.folder / "heads", ignore_errors=True)
+        self._begin_anew()
         self._erase_outbox()
-        with self._model_lock:
-            self._head = self._read_head()
 
     def _erase_outbox(self) -> None:
         with opened_ledger(self.folder, self._history) as device:
@@ -242,6 +288,10 @@ class Agent:
         """The person's file as it is now: consent that was taken back holds at once."""
         self.policy = read_policy(self.folder)
         return self.policy
+
+
+def _bytes(head: NDArray[np.float32] | None) -> bytes:
+    return b"" if head is None else head.tobytes()
 
 
 def _trim() -> None:

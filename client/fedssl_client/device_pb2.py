@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64ssl_client/device.proto\x12\x10\x66\x65\x64ssl.device.v1\"W\n\rRecordRequest\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x11\n\x04time\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05value\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_timeB\x08\n\x06_value\"\r\n\x0bRecordReply\"3\n\x10RecommendRequest\x12\t\n\x01k\x18\x01 \x01(\r\x12\x14\n\x0cinclude_seen\x18\x02 \x01(\x08\"A\n\x0eRecommendReply\x12/\n\x05items\x18\x01 \x03(\x0b\x32 .fedssl.device.v1.Recommendation\"<\n\x0eRecommendation\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"\x0f\n\rStatusRequest\"\xe0\x01\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x65vents\x18\x02 \x01(\x04\x12\x11\n\tmodel_run\x18\x03 \x01(\t\x12\x13\n\x0bmodel_round\x18\x04 \x01(\x04\x12\x13\n\x0bis_training\x18\x05 \x01(\x08\x12\x11\n\tmay_train\x18\x06 \x01(\x08\x12\x0f\n\x07servers\x18\x07 \x03(\t\x12\x14\n\x0c\x63losed_gates\x18\x08 \x03(\t\x12\x0f\n\x07\x65psilon\x18\t \x01(\x01\x12\x0f\n\x07uploads\x18\n \x01(\x04\x12\x17\n\x0ftrainings_today\x18\x0b \x01(\x04\"6\n\rForgetRequest\x12\x0e\n\x04item\x18\x01 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\"\x1d\n\x0b\x46orgetReply\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\"\x0f\n\rExportRequest\"\x1b\n\x0b\x45xportReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1d\n\x0bJoinRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\"\x0b\n\tJoinReply\"\x1e\n\x0cLeaveRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\" \n\nLeaveReply\x12\x12\n\nhad_joined\x18\x01 \x01(\x08\"\x0e\n\x0cHelloRequest\"\x1b\n\nHelloReply\x12\r\n\x05users\x18\x01 \x03(\x03\"j\n\x0cTrainRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x10\n\x08\x64ownload\x18\x02 \x01(\x0c\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x12\n\nknown_rows\x18\x04 \x01(\x04\x12\x13\n\x0bknown_chain\x18\x05 \x01(\x0c\"G\n\nTrainReply\x12\x0e\n\x06upload\x18\x01 \x01(\x0c\x12\x13\n\x0bledger_rows\x18\x02 \x01(\x04\x12\x14\n\x0cledger_chain\x18\x03 \x01(\x0c\x32\x8e\x04\n\x06\x44\x65vice\x12H\n\x06Record\x12\x1f.fedssl.device.v1.RecordRequest\x1a\x1d.fedssl.device.v1.RecordReply\x12Q\n\tRecommend\x12\".fedssl.device.v1.RecommendRequest\x1a .fedssl.device.v1.RecommendReply\x12H\n\x06Status\x12\x1f.fedssl.device.v1.StatusRequest\x1a\x1d.fedssl.device.v1.StatusReply\x12H\n\x06\x46orget\x12\x1f.fedssl.device.v1.ForgetRequest\x1a\x1d.fedssl.device.v1.ForgetReply\x12H\n\x06\x45xport\x12\x1f.fedssl.device.v1.ExportRequest\x1a\x1d.fedssl.device.v1.ExportReply\x12\x42\n\x04Join\x12\x1d.fedssl.device.v1.JoinRequest\x1a\x1b.fedssl.device.v1.JoinReply\x12\x45\n\x05Leave\x12\x1e.fedssl.device.v1.LeaveRequest\x1a\x1c.fedssl.device.v1.LeaveReply2\x98\x01\n\x08Training\x12\x45\n\x05Hello\x12\x1e.fedssl.device.v1.HelloRequest\x1a\x1c.fedssl.device.v1.HelloReply\x12\x45\n\x05Train\x12\x1e.fedssl.device.v1.TrainRequest\x1a\x1c.fedssl.device.v1.TrainReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64ssl_client/device.proto\x12\x10\x66\x65\x64ssl.device.v1\"W\n\rRecordRequest\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\x11\n\x04time\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05value\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x07\n\x05_timeB\x08\n\x06_value\"\r\n\x0bRecordReply\"3\n\x10RecommendRequest\x12\t\n\x01k\x18\x01 \x01(\r\x12\x14\n\x0cinclude_seen\x18\x02 \x01(\x08\"A\n\x0eRecommendReply\x12/\n\x05items\x18\x01 \x03(\x0b\x32 .fedssl.device.v1.Recommendation\"<\n\x0eRecommendation\x12\x0c\n\x04item\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\r\n\x05score\x18\x03 \x01(\x02\"\x0f\n\rStatusRequest\"\x85\x02\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0e\n\x06\x65vents\x18\x02 \x01(\x04\x12\x11\n\tmodel_run\x18\x03 \x01(\t\x12\x13\n\x0bmodel_round\x18\x04 \x01(\x04\x12\x13\n\x0bis_training\x18\x05 \x01(\x08\x12\x11\n\tmay_train\x18\x06 \x01(\x08\x12\x0f\n\x07servers\x18\x07 \x03(\t\x12\x14\n\x0c\x63losed_gates\x18\x08 \x03(\t\x12\x0f\n\x07\x65psilon\x18\t \x01(\x01\x12\x0f\n\x07uploads\x18\n \x01(\x04\x12\x17\n\x0ftrainings_today\x18\x0b \x01(\x04\x12\r\n\x05steps\x18\x0c \x01(\x04\x12\x14\n\x0c\x66\x61iled_steps\x18\r \x01(\x04\"6\n\rForgetRequest\x12\x0e\n\x04item\x18\x01 \x01(\tH\x00\x12\r\n\x03\x61ll\x18\x02 \x01(\x08H\x00\x42\x06\n\x04what\"\x1d\n\x0b\x46orgetReply\x12\x0e\n\x06\x65vents\x18\x01 \x01(\x04\"\x0f\n\rExportRequest\"\x1b\n\x0b\x45xportReply\x12\x0c\n\x04json\x18\x01 \x01(\t\"\x1d\n\x0bJoinRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\"\x0b\n\tJoinReply\"\x1e\n\x0cLeaveRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\" \n\nLeaveReply\x12\x12\n\nhad_joined\x18\x01 \x01(\x08\"\x0e\n\x0cHelloRequest\"\x1b\n\nHelloReply\x12\r\n\x05users\x18\x01 \x03(\x03\"j\n\x0cTrainRequest\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\x10\n\x08\x64ownload\x18\x02 \x01(\x0c\x12\x0f\n\x07seconds\x18\x03 \x01(\x01\x12\x12\n\nknown_rows\x18\x04 \x01(\x04\x12\x13\n\x0bknown_chain\x18\x05 \x01(\x0c\"G\n\nTrainReply\x12\x0e\n\x06upload\x18\x01 \x01(\x0c\x12\x13\n\x0bledger_rows\x18\x02 \x01(\x04\x12\x14\n\x0cledger_chain\x18\x03 \x01(\x0c\x32\x8e\x04\n\x06\x44\x65vice\x12H\n\x06Record\x12\x1f.fedssl.device.v1.RecordRequest\x1a\x1d.fedssl.device.v1.RecordReply\x12Q\n\tRecommend\x12\".fedssl.device.v1.RecommendRequest\x1a .fedssl.device.v1.RecommendReply\x12H\n\x06Status\x12\x1f.fedssl.device.v1.StatusRequest\x1a\x1d.fedssl.device.v1.StatusReply\x12H\n\x06\x46orget\x12\x1f.fedssl.device.v1.ForgetRequest\x1a\x1d.fedssl.device.v1.ForgetReply\x12H\n\x06\x45xport\x12\x1f.fedssl.device.v1.ExportRequest\x1a\x1d.fedssl.device.v1.ExportReply\x12\x42\n\x04Join\x12\x1d.fedssl.device.v1.JoinRequest\x1a\x1b.fedssl.device.v1.JoinReply\x12\x45\n\x05Leave\x12\x1e.fedssl.device.v1.LeaveRequest\x1a\x1c.fedssl.device.v1.LeaveReply2\x98\x01\n\x08Training\x12\x45\n\x05Hello\x12\x1e.fedssl.device.v1.HelloRequest\x1a\x1c.fedssl.device.v1.HelloReply\x12\x45\n\x05Train\x12\x1e.fedssl.device.v1.TrainRequest\x1a\x1c.fedssl.device.v1.TrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -44,33 +44,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATUSREQUEST']._serialized_start=334
   _globals['_STATUSREQUEST']._serialized_end=349
   _globals['_STATUSREPLY']._serialized_start=352
-  _globals['_STATUSREPLY']._serialized_end=576
-  _globals['_FORGETREQUEST']._serialized_start=578
-  _globals['_FORGETREQUEST']._serialized_end=632
-  _globals['_FORGETREPLY']._serialized_start=634
-  _globals['_FORGETREPLY']._serialized_end=663
-  _globals['_EXPORTREQUEST']._serialized_start=665
-  _globals['_EXPORTREQUEST']._serialized_end=680
-  _globals['_EXPORTREPLY']._serialized_start=682
-  _globals['_EXPORTREPLY']._serialized_end=709
-  _globals['_JOINREQUEST']._serialized_start=711
-  _globals['_JOINREQUEST']._serialized_end=740
-  _globals['_JOINREPLY']._serialized_start=742
-  _globals['_JOINREPLY']._serialized_end=753
-  _globals['_LEAVEREQUEST']._serialized_start=755
-  _globals['_LEAVEREQUEST']._serialized_end=785
-  _globals['_LEAVEREPLY']._serialized_start=787
-  _globals['_LEAVEREPLY']._serialized_end=819
-  _globals['_HELLOREQUEST']._serialized_start=821
-  _globals['_HELLOREQUEST']._serialized_end=835
-  _globals['_HELLOREPLY']._serialized_start=837
-  _globals['_HELLOREPLY']._serialized_end=864
-  _globals['_TRAINREQUEST']._serialized_start=866
-  _globals['_TRAINREQUEST']._serialized_end=972
-  _globals['_TRAINREPLY']._serialized_start=974
-  _globals['_TRAINREPLY']._serialized_end=1045
-  _globals['_DEVICE']._serialized_start=1048
-  _globals['_DEVICE']._serialized_end=1574
-  _globals['_TRAINING']._serialized_start=1577
-  _globals['_TRAINING']._serialized_end=1729
+  _globals['_STATUSREPLY']._serialized_end=613
+  _globals['_FORGETREQUEST']._serialized_start=615
+  _globals['_FORGETREQUEST']._serialized_end=669
+  _globals['_FORGETREPLY']._serialized_start=671
+  _globals['_FORGETREPLY']._serialized_end=700
+  _globals['_EXPORTREQUEST']._serialized_start=702
+  _globals['_EXPORTREQUEST']._serialized_end=717
+  _globals['_EXPORTREPLY']._serialized_start=719
+  _globals['_EXPORTREPLY']._serialized_end=746
+  _globals['_JOINREQUEST']._serialized_start=748
+  _globals['_JOINREQUEST']._serialized_end=777
+  _globals['_JOINREPLY']._serialized_start=779
+  _globals['_JOINREPLY']._serialized_end=790
+  _globals['_LEAVEREQUEST']._serialized_start=792
+  _globals['_LEAVEREQUEST']._serialized_end=822
+  _globals['_LEAVEREPLY']._serialized_start=824
+  _globals['_LEAVEREPLY']._serialized_end=856
+  _globals['_HELLOREQUEST']._serialized_start=858
+  _globals['_HELLOREQUEST']._serialized_end=872
+  _globals['_HELLOREPLY']._serialized_start=874
+  _globals['_HELLOREPLY']._serialized_end=901
+  _globals['_TRAINREQUEST']._serialized_start=903
+  _globals['_TRAINREQUEST']._serialized_end=1009
+  _globals['_TRAINREPLY']._serialized_start=1011
+  _globals['_TRAINREPLY']._serialized_end=1082
+  _globals['_DEVICE']._serialized_start=1085
+  _globals['_DEVICE']._serialized_end=1611
+  _globals['_TRAINING']._serialized_start=1614
+  _globals['_TRAINING']._serialized_end=1766
 # @@protoc_insertion_point(module_scope)

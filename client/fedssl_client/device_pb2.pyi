@@ -49,7 +49,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "events", "model_run", "model_round", "is_training", "may_train", "servers", "closed_gates", "epsilon", "uploads", "trainings_today")
+    __slots__ = ("version", "events", "model_run", "model_round", "is_training", "may_train", "servers", "closed_gates", "epsilon", "uploads", "trainings_today", "steps", "failed_steps")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
     MODEL_RUN_FIELD_NUMBER: _ClassVar[int]
@@ -61,6 +61,8 @@ class StatusReply(_message.Message):
     EPSILON_FIELD_NUMBER: _ClassVar[int]
     UPLOADS_FIELD_NUMBER: _ClassVar[int]
     TRAININGS_TODAY_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    FAILED_STEPS_FIELD_NUMBER: _ClassVar[int]
     version: str
     events: int
     model_run: str
@@ -72,7 +74,9 @@ class StatusReply(_message.Message):
     epsilon: float
     uploads: int
     trainings_today: int
-    def __init__(self, version: _Optional[str] = ..., events: _Optional[int] = ..., model_run: _Optional[str] = ..., model_round: _Optional[int] = ..., is_training: _Optional[bool] = ..., may_train: _Optional[bool] = ..., servers: _Optional[_Iterable[str]] = ..., closed_gates: _Optional[_Iterable[str]] = ..., epsilon: _Optional[float] = ..., uploads: _Optional[int] = ..., trainings_today: _Optional[int] = ...) -> None: ...
+    steps: int
+    failed_steps: int
+    def __init__(self, version: _Optional[str] = ..., events: _Optional[int] = ..., model_run: _Optional[str] = ..., model_round: _Optional[int] = ..., is_training: _Optional[bool] = ..., may_train: _Optional[bool] = ..., servers: _Optional[_Iterable[str]] = ..., closed_gates: _Optional[_Iterable[str]] = ..., epsilon: _Optional[float] = ..., uploads: _Optional[int] = ..., trainings_today: _Optional[int] = ..., steps: _Optional[int] = ..., failed_steps: _Optional[int] = ...) -> None: ...
 
 class ForgetRequest(_message.Message):
     __slots__ = ("item", "all")

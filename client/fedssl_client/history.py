@@ -11,6 +11,7 @@ import os
 import sqlite3
 import threading
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +54,7 @@ class HistoryStore:
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.RLock()
         self._items: list[str] | None = None
-        self._newest = -math.inf
+        self._times: list[float] = []
         with writing(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite gives the log and its index the rights of the file.
@@ -71,20 +72,22 @@ class HistoryStore:
         if form != HISTORY_FORMAT:
             raise DataError(f"{path}: history format {form}, this version reads {HISTORY_FORMAT}; install the fedssl that wrote it")
 
-    def record(self, item: str, when: float, value: float, retention: Retention) -> None:
-        """Keep an event, and delete what retention no longer covers.
+    def record(self, item: str, when: float, value: float, retention: Retention) -> list[str] | None:
+        """Keep an event, and delete what retention no longer covers. The items before it, oldest first; None where it is not the newest event.
 
         Raises DataError for an item that is empty, too long or not printable, or a time or value that is no number.
         """
         check_event(item, when, value)
-        with self._writing() as file:
-            file.execute("INSERT INTO events (item, time, value) VALUES (?, ?, ?)", (item, when, value))
-            deleted = self._retain(file, retention)
-            if self._items is not None and when >= self._newest and not deleted:
-                self._items.append(item)
-                self._newest = when
-            else:
-                self._items = None
+        with self._lock:
+            items, times = self.items(), self._times
+            with self._writing() as file:
+                file.execute("INSERT INTO events (item, time, value) VALUES (?, ?, ?)", (item, when, value))
+                deleted = self._retain(file, retention)
+            # Of one time in the order they were recorded; what retention deletes are the oldest.
+            place = bisect_right(times, when)
+            self._items = [*items[:place], item, *items[place:]][deleted:]
+            self._times = [*times[:place], when, *times[place:]][deleted:]
+        return items if place == len(items) else None
 
     def add(self, events: list[Event], retention: Retention) -> None:
         """Keep many events: all, or none."""
@@ -100,8 +103,7 @@ class HistoryStore:
         with self._lock:
             if self._items is None:
                 events = self.events()
-                self._items = [event.item for event in events]
-                self._newest = events[-1].time if events else -math.inf
+                self._items, self._times = [event.item for event in events], [event.time for event in events]
             return self._items
 
     def events(self) -> list[Event]:
@@ -168,14 +170,15 @@ class HistoryStore:
         with self._lock:
             self._file.close()
 
-    def _retain(self, file: sqlite3.Connection, retention: Retention) -> bool:
+    def _retain(self, file: sqlite3.Connection, retention: Retention) -> int:
+        """Delete what is beyond retention; how many events."""
         before = file.total_changes
         file.execute(
             "DELETE FROM events WHERE number IN (SELECT number FROM events ORDER BY time DESC, number DESC LIMIT -1 OFFSET ?)", (retention.most_events,)
         )
         if retention.most_days:
             file.execute("DELETE FROM events WHERE time < (SELECT max(time) FROM events) - ?", (retention.most_days * DAY,))
-        return file.total_changes > before
+        return file.total_changes - before
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:

@@ -72,16 +72,26 @@ class DeviceRecommender:
         recipe = self.recipe
         if self._counts is not None and not recipe.server.rounds and recipe.distillation is None:
             return self._counted(rows)
-        met = rows if len(rows) else np.zeros(1, dtype=np.int64)
-        asked = {"rows": met[-recipe.encoder.window :], "head": self._no_head if head_D is None else head_D}
-        if recipe.head.history:
-            asked["met"] = met
-        encoded: NDArray[np.float32] = self._session.run(["scores"], asked)[0]
+        encoded: NDArray[np.float32] = self._session.run(["scores"], self._asked(rows, head_D))[0]
         if self._counts is None:
             return encoded
         assert recipe.counts is not None
         total: NDArray[np.float32] = encoded + np.float32(recipe.counts.strength) * self._counted(rows)
         return total
+
+    def step(self, rows: NDArray[np.int64], row: int, head_D: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Where the head goes to expect item ``row`` more after a history, (D,): minus the slope of the encoder's softmax over the whole catalogue.
+
+        For recipes with `[head] adapt`. Counts have no part in it, as in training.
+        """
+        moved: NDArray[np.float32] = self._session.run(["step"], {**self._asked(rows, head_D), "target": np.array(row, dtype=np.int64)})[0]
+        return moved
+
+    def _asked(self, rows: NDArray[np.int64], head_D: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
+        """The graph's inputs for a history, oldest first."""
+        met = rows if len(rows) else np.zeros(1, dtype=np.int64)
+        asked = {"rows": met[-self.recipe.encoder.window :], "head": self._no_head if head_D is None else head_D}
+        return {**asked, "met": met} if self.recipe.head.history else asked
 
     def _counted(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         assert self._counts is not None

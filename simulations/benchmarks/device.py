@@ -1,7 +1,7 @@
 """A device: memory of the agent, time of its answers, time to its first recommendation, and what each process takes.
 
 A model of ML-1M's size (3,416 items, the preset's encoder, 1.82 million cells of counts), with random weights:
-times and bytes do not depend on what was learned.
+times and bytes do not depend on what was learned. Its recipe has the head take a step from each event, so `Record` is timed with that step.
 Every number is of the real agent as a process of its own, asked over its Unix socket by another one.
 
     python simulations/benchmarks/device.py
@@ -42,6 +42,7 @@ from fedssl.wire import to_bytes
 
 ITEMS, HISTORY, CELLS = 3416, 200, 532
 """Cells a row: 1.82 million in all, as the counts of ML-1M at six lags."""
+ADAPT = 0.1
 WANTED = {
     "idle MB": 120,
     "recommend p50 ms": 2,
@@ -54,7 +55,7 @@ WANTED = {
 
 def make_device(folder: Path) -> Recipe:
     catalogue = Catalogue(tuple(f"item-{row}" for row in range(1, ITEMS + 1)), {f"item-{row}": f"The title of item {row}" for row in range(1, ITEMS + 1)})
-    config = read_run("ml-1m", ["head.name=user-vector"])
+    config = read_run("ml-1m", ["head.name=user-vector", f"head.adapt={ADAPT}"])
     recipe = make_recipe(config, num_items=ITEMS, catalogue=catalogue.hash)
     rng = np.random.default_rng(0)
     columns = np.sort(np.argsort(rng.random((ITEMS, ITEMS)), axis=1)[:, :CELLS] + 1, axis=1)
@@ -149,7 +150,9 @@ def measure(calls: int) -> dict[str, float]:
             with connect(f"unix:{app_socket(folder / 'd')}") as app:
                 timed(app, "Recommend", [{"k": 10}] * 20)
                 row["recommend p50 ms"], row["recommend p99 ms"] = timed(app, "Recommend", [{"k": 10}] * calls)
+                steps = app.ask("Status").steps
                 row["record p50 ms"], row["record p99 ms"] = timed(app, "Record", [{"item": f"item-{1 + number % ITEMS}"} for number in range(calls // 4)])
+                row["steps a record"] = (app.ask("Status").steps - steps) / (calls // 4)
             row["after these calls MB"] = megabytes(agent)
             row |= trained(folder / "d", recipe, agent)
             row["after a training MB"] = megabytes(agent)
@@ -204,7 +207,7 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name}: {value:.2f}" + (f" (wanted under {WANTED[name]})" if name in WANTED else ""), flush=True)
     if not arguments.dry:
-        settings = results.settings_hash([ITEMS, HISTORY, CELLS, arguments.calls])
+        settings = results.settings_hash([ITEMS, HISTORY, CELLS, arguments.calls, ADAPT])
         measured = {name: round(value, 3) for name, value in row.items()}
         results.append("device", {"items": ITEMS, "history": HISTORY, "calls": arguments.calls, "measured": measured, "settings": settings})
 

@@ -35,6 +35,15 @@ def test_events_come_back_in_order_of_time_then_of_recording(store: HistoryStore
     assert HistoryStore(store.path).items() == store.items()
 
 
+def test_recording_the_newest_event_gives_what_came_before_it_and_an_older_one_nothing(store: HistoryStore):
+    assert store.record("a", 1.0, 1.0, KEEP) == []
+    assert store.record("b", 3.0, 1.0, KEEP) == ["a"]
+    assert store.record("late", 2.0, 1.0, KEEP) is None
+    assert store.record("c", 3.0, 1.0, KEEP) == ["a", "late", "b"]
+    assert store.record("d", 4.0, 1.0, Retention(most_events=2)) == ["a", "late", "b", "c"]
+    assert HistoryStore(store.path).record("e", 5.0, 1.0, KEEP) == ["c", "d"]
+
+
 def test_what_was_recorded_survives_a_kill_at_once(tmp_path: Path):
     path = tmp_path / "history.sqlite"
     code = (

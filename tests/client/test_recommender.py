@@ -8,8 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from fedssl_client.recommender import DeviceRecommender
 from fedssl_simulations.recommend import recommend
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
 
 from fedssl.catalogue import Catalogue
 from fedssl.checkpoints import Checkpoint
@@ -79,6 +84,36 @@ def test_the_mean_of_a_history_longer_than_the_window_is_that_of_the_torch_recom
         rows = np.array(history, dtype=np.int64)
         wanted = Recommender(recipe, weights_of(recipe))([rows], np.zeros(1, np.int64))["score"][0].numpy()
         np.testing.assert_allclose(device.scores(rows), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("encoder", "history"), [*((name, 0.0) for name in ENCODERS), ("hgrn", 2.5)])
+def test_a_step_of_the_head_is_minus_the_slope_that_autograd_gives_of_the_same_loss(encoder: str, history: float, tmp_path_factory: pytest.TempPathFactory):
+    recipe = recipe_of(encoder, head={"name": "user-vector", "adapt": 0.5, "history": history})
+    device, weights = on_device(tmp_path_factory.mktemp("device") / "model", recipe), weights_of(recipe)
+    table_ID = weights["items"]
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.lists(st.integers(1, ITEMS), min_size=1, max_size=12), st.integers(1, ITEMS), arrays(np.float32, D, elements=st.floats(-3, 3, width=32)))
+    def check(items: list[int], row: int, start_D: NDArray[np.float32]) -> None:
+        rows = np.array(items, dtype=np.int64)
+        head = torch.tensor(start_D, requires_grad=True)
+        mean_D = table_ID[rows].mean(0) if history else 0.0
+        scores_I = (Recommender(recipe, weights).encode([rows])[0] + head + history * mean_D) @ table_ID.T
+        # Row 0 is no item.
+        F.cross_entropy(scores_I[None, 1:], torch.tensor([row - 1])).backward()
+        assert head.grad is not None
+        np.testing.assert_allclose(device.step(rows, row, start_D), -head.grad.numpy(), atol=1e-5)
+
+    check()
+
+
+def test_scores_of_a_graph_with_a_step_are_those_of_one_without(tmp_path: Path):
+    plain, adapting = recipe_of(head={"name": "user-vector"}), recipe_of(head={"name": "user-vector", "adapt": 0.5})
+    rows, head_D = np.array([2, 9, 2]), np.linspace(-1, 1, D).astype(np.float32)
+    before, after = on_device(tmp_path / "plain", plain), on_device(tmp_path / "adapting", adapting)
+    assert np.array_equal(before.scores(rows, head_D), after.scores(rows, head_D))
+    with pytest.raises(Exception, match="Invalid input name: target"):
+        before.step(rows, 4, head_D)
 
 
 PLAN = {"privacy": {"clip_norm": 1.0, "noise_multiplier": 1.0, "counts_noise_multiplier": 1.0}}
