@@ -189,6 +189,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint; name a folder like RUN/checkpoints/round-000120")
+    if (folder / "checkpoints").is_dir():
+        raise CheckpointError(f"{folder}: a run's folder; name one of its checkpoints, such as {max((folder / 'checkpoints').iterdir(), default='none yet')}")
     try:
         about: dict[str, Any] = json.loads((folder / "state.json").read_text())
         number = about["format"]

@@ -266,6 +266,10 @@ def test_a_checkpoint_that_is_not_there_is_refused_with_an_example(tmp_path: Pat
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="not a whole checkpoint"):
         read_checkpoint(tmp_path / "empty")
+    (tmp_path / "run" / "checkpoints" / "round-000002").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "round-000010").mkdir()
+    with pytest.raises(CheckpointError, match=r"run: a run's folder; name one of its checkpoints, such as .*/run/checkpoints/round-000010$"):
+        read_checkpoint(tmp_path / "run")
 
 
 def with_json(name: str, **values: Any) -> Callable[[Path], None]:
