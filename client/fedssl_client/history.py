@@ -55,6 +55,7 @@ class HistoryStore:
         self.path, self._lock = path, threading.RLock()
         self._items: list[str] | None = None
         self._times: list[float] = []
+        self._version = -1
         with writing(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             # SQLite gives the log and its index the rights of the file.
@@ -100,10 +101,13 @@ class HistoryStore:
 
     def items(self) -> list[str]:
         """All items, oldest first. Do not change the list."""
-        with self._lock:
-            if self._items is None:
+        with self._reading() as file:
+            # It changes when another process writes, as `fedssl device import --history` does beside an agent.
+            version = int(file.execute("PRAGMA data_version").fetchone()[0])
+            if self._items is None or version != self._version:
                 events = self.events()
                 self._items, self._times = [event.item for event in events], [event.time for event in events]
+                self._version = version
             return self._items
 
     def events(self) -> list[Event]:

@@ -90,7 +90,7 @@ class DeviceRecommender:
     def _asked(self, rows: NDArray[np.int64], head_D: NDArray[np.float32] | None) -> dict[str, NDArray[Any]]:
         """The graph's inputs for a history, oldest first."""
         met = rows if len(rows) else np.zeros(1, dtype=np.int64)
-        asked = {"rows": met[-self.recipe.encoder.window :], "head": self._no_head if head_D is None else head_D}
+        asked: dict[str, NDArray[Any]] = {"rows": met[-self.recipe.encoder.window :], "head": self._no_head if head_D is None else head_D}
         return {**asked, "met": met} if self.recipe.head.history else asked
 
     def _counted(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:

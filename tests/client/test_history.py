@@ -44,6 +44,14 @@ def test_recording_the_newest_event_gives_what_came_before_it_and_an_older_one_n
     assert HistoryStore(store.path).record("e", 5.0, 1.0, KEEP) == ["c", "d"]
 
 
+def test_what_another_process_records_is_seen(store: HistoryStore):
+    store.record("a", 1.0, 1.0, KEEP)
+    HistoryStore(store.path).add([Event("b", 2.0, 1.0)], KEEP)
+    assert store.record("c", 3.0, 1.0, KEEP) == ["a", "b"]
+    HistoryStore(store.path).record("older", 0.0, 1.0, KEEP)
+    assert store.items() == ["older", "a", "b", "c"]
+
+
 def test_what_was_recorded_survives_a_kill_at_once(tmp_path: Path):
     path = tmp_path / "history.sqlite"
     code = (
