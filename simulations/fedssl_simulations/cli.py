@@ -38,8 +38,11 @@ def main() -> None:
     """The door: errors that a person must act on become one line and exit code 1."""
     say_bus_errors()
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False)
         sys.stdout.flush()
+        # Typer makes a Ctrl-C an exit code, which is returned here.
+        if code == 130:
+            raise KeyboardInterrupt
     except FedSSLError as error:
         fail(f"error: {error}", 1)
     except OSError as error:

@@ -198,6 +198,15 @@ def test_what_commands_are_for_is_whole_in_80_columns(group: list[str], capsys: 
     assert "..." not in listed
 
 
+def test_an_interrupted_command_says_so_and_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedssl_simulations.run_files.presets", interrupted)
+    assert fedssl("presets") == 130
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]):
     for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["export"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
         assert fedssl(*words, "--help") == 0
