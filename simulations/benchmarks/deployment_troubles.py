@@ -1,8 +1,8 @@
 """A deployment with a bad network, full disks and wrong clocks: does every round end, every device come back, and nothing get lost?
 
 Three devices with agents hold rounds over a SuperLink, as in `deployment_kills.py`; one of them behind a wire of its own. One after another:
-the wire loses packets and is slow; it is cut; the disk of a device is full; an agent's clock is a year ahead, and jumps back; a SuperNode's clock is an hour
-ahead (Flower refuses what it signs); the disk of the run folder is full, and the operator goes on once there is room. After each trouble a
+the wire loses packets and is slow; it is long; it is cut; the disk of a device is full; an agent's clock is a year ahead, and jumps back; a SuperNode's clock
+is an hour ahead (Flower refuses what it signs); the disk of the run folder is full, and the operator goes on once there is room. After each trouble a
 round has to come in which everybody answers. Histories and ledgers are held to what was recorded and to what left, as there.
 
     python simulations/benchmarks/deployment_troubles.py          (as root: network namespaces, small disks)
@@ -27,7 +27,7 @@ from trial_fleet import TrialFleet, TrialRun, config_of
 from trial_troubles import Network, ahead, full, make_clock, small_disk
 
 HOUR, YEAR = 3600, 365 * 24 * 3600
-ROUND_SECONDS, LONGEST = 45.0, 300.0
+ROUND_SECONDS, LONGEST = 75.0, 400.0
 
 
 class Story:
@@ -77,6 +77,8 @@ def hold(folder: Path) -> dict[str, Any]:
             story.everybody("the start")
             with network.lossy(0.05, "512kbit"):
                 story.until("5% of packets lost each way, 512 kbit/s", lambda refused: not refused, rounds=2)
+            with network.far(0.4):
+                story.until("0.4 s on the way, each way", lambda refused: not refused, rounds=2)
             with network.cut():
                 story.until("the network is cut", lambda refused: refused.get("missing", 0) == 1)
             story.everybody("the cut")

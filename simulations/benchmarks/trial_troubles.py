@@ -6,10 +6,15 @@ Networks need root and Linux' namespaces, disks need root, clocks a C compiler; 
 from __future__ import annotations
 
 import os
+import select
 import shutil
+import socket
 import subprocess
+import threading
+import time
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,22 +31,49 @@ def _do(*command: str) -> None:
 
 
 class Network:
-    """A namespace with one wire to this machine. ``here``: this machine's address on it; ``prefix``: what runs a command in there."""
+    """A namespace with a wire to this machine, in two pieces with a bridge between them. ``here``: this machine's address on it; ``prefix``: what runs a
+    command in there.
+    """
 
     def __init__(self, number: int):
         name = f"fedssl{os.getpid()}"
-        self.name, self._wire = name, f"f{os.getpid()}"
+        self.name, self._wire, self._bridge = name, f"f{os.getpid()}", f"b{os.getpid()}"
+        self._near, self._far = f"{self._wire}n", f"{self._wire}f"
         self.here, self._there = f"10.231.{number}.1", f"10.231.{number}.2"
         self.prefix = ["ip", "netns", "exec", name]
 
     def make(self) -> None:
         """Raises Unavailable."""
         _do("ip", "netns", "add", self.name)
-        _do("ip", "link", "add", self._wire, "type", "veth", "peer", "name", "wire", "netns", self.name)
+        _do("ip", "link", "add", self._wire, "type", "veth", "peer", "name", self._near)
+        _do("ip", "link", "add", self._far, "type", "veth", "peer", "name", "wire", "netns", self.name)
+        _do("ip", "link", "add", self._bridge, "type", "bridge")
         _do("ip", "address", "add", f"{self.here}/24", "dev", self._wire)
-        _do("ip", "link", "set", self._wire, "up")
+        for end in (self._near, self._far):
+            _do("ip", "link", "set", end, "master", self._bridge)
+        _do("ip", "link", "set", self._bridge, "arp", "off")  # Or it would answer for this machine's address, with a hardware address of its own.
+        for end in (self._wire, self._near, self._far, self._bridge):
+            _do("ip", "link", "set", end, "up")
         for words in (["address", "add", f"{self._there}/24", "dev", "wire"], ["link", "set", "wire", "up"], ["link", "set", "lo", "up"]):
             _do(*self.prefix, "ip", *words)
+        # Whole packets with their checksums, as a cable has them: `far` carries them by hand.
+        for before, end in (([], self._wire), ([], self._near), ([], self._far), (self.prefix, "wire")):
+            _do(*before, "ethtool", "-K", end, *(word for kind in ("tx", "rx", "gso", "tso", "gro") for word in (kind, "off")))
+
+    @contextmanager
+    def far(self, seconds: float) -> Iterator[None]:
+        """While the block runs every packet takes so long each way (netem would do it, where the kernel has it)."""
+        for end in (self._near, self._far):
+            _do("ip", "link", "set", end, "nomaster")
+        carrier = _Carrier(self._near, self._far, seconds)
+        carrier.start()
+        try:
+            yield
+        finally:
+            carrier.end.set()
+            carrier.join()
+            for end in (self._near, self._far):
+                _do("ip", "link", "set", end, "master", self._bridge)
 
     @contextmanager
     def lossy(self, share: float, rate: str) -> Iterator[None]:
@@ -70,7 +102,38 @@ class Network:
     def end(self) -> None:
         """Take it away, where it is there."""
         subprocess.run(["ip", "netns", "del", self.name], capture_output=True, check=False)
-        subprocess.run(["ip", "link", "del", self._wire], capture_output=True, check=False)
+        for link in (self._wire, self._far, self._bridge):
+            subprocess.run(["ip", "link", "del", link], capture_output=True, check=False)
+
+
+class _Carrier(threading.Thread):
+    """Carries packets between two interfaces, ``seconds`` later, until ``end``."""
+
+    def __init__(self, near: str, far: str, seconds: float):
+        super().__init__(daemon=True)
+        self.end, self._seconds = threading.Event(), seconds
+        self._ends = [socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3)) for _ in range(2)]
+        for one, name in zip(self._ends, (near, far), strict=True):
+            one.bind((name, 0))
+            one.setblocking(False)
+
+    def run(self) -> None:
+        waiting: deque[tuple[float, socket.socket, bytes]] = deque()
+        while not self.end.is_set():
+            now = time.monotonic()
+            while waiting and waiting[0][0] <= now:
+                _, to, packet = waiting.popleft()
+                with suppress(OSError):
+                    to.send(packet)
+            wait = min(waiting[0][0] - now, 0.2) if waiting else 0.2
+            for one in select.select(self._ends, [], [], max(wait, 0.0))[0]:
+                with suppress(BlockingIOError):
+                    while True:
+                        packet, address = one.recvfrom(65535)
+                        if address[2] != socket.PACKET_OUTGOING:
+                            waiting.append((time.monotonic() + self._seconds, self._ends[one is self._ends[0]], packet))
+        for one in self._ends:
+            one.close()
 
 
 @contextmanager
