@@ -18,7 +18,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for a program"
 
 @device.command()
 def init(folder: Folder, user: Annotated[int, typer.Option(min=0, help="The number under which the server knows this device")] = 0) -> None:
-    """Make a device's folder, with a policy in it that allows nothing yet.
+    """Make a device's folder. The policy in it allows nothing yet.
 
     Example: fedssl device init ~/.fedssl --user 17
     """
@@ -37,7 +37,7 @@ def import_(
     format: Annotated[str, typer.Option(help="The history's format; auto: found by looking")] = "auto",
     columns: Annotated[str, typer.Option(metavar="USER,ITEM[,TIME]", help="Names of these columns, where they are not the usual ones")] = "",
 ) -> None:
-    """Bring a model, or a history that was kept elsewhere, to a device. An agent that runs goes on.
+    """Bring a model or a history to a device. An agent that runs goes on.
 
     Example: fedssl device import ~/.fedssl --model model
     """
@@ -59,7 +59,7 @@ def would_join(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe.json, or a model or checkpoint folder that has one")],
     server: Annotated[str, typer.Option(help="The name of the server that would ask")],
 ) -> None:
-    """Would this device's policy follow a recipe? Says each reason where it would not, with exit code 1; charges nothing.
+    """Say whether a device would follow a recipe. Each reason where it would not, with exit code 1; charges nothing.
 
     Example: fedssl device would-join ~/.fedssl model --server home
     """
@@ -88,7 +88,7 @@ def would_join(
 
 @device.command()
 def status(folder: Folder, as_json: AsJson = False) -> None:
-    """How the device is: what it holds, what it joined and spent, and why it would not train now.
+    """How the device is. What it holds, what it joined and spent, and why it would not train now; its agent is asked.
 
     Example: fedssl device status ~/.fedssl
     """
@@ -119,7 +119,7 @@ def run(folder: Folder) -> None:
 
 @device.command()
 def join(folder: Folder, server: Server) -> None:
-    """Take part in a server's trainings, as far as device.toml allows.
+    """Take part in a server's trainings. As far as device.toml allows; its agent is asked.
 
     Example: fedssl device join ~/.fedssl home
     """
@@ -129,7 +129,7 @@ def join(folder: Folder, server: Server) -> None:
 
 @device.command()
 def leave(folder: Folder, server: Server) -> None:
-    """Take part no longer. What was spent stays spent.
+    """Take part no longer. What was spent stays spent; its agent is asked.
 
     Example: fedssl device leave ~/.fedssl home
     """
@@ -142,7 +142,7 @@ def forget(
     item: Annotated[str | None, typer.Option(help="One item's events")] = None,
     everything: Annotated[bool, typer.Option("--all", help="All that is the person's")] = False,
 ) -> None:
-    """Remove events, and what was learned from them.
+    """Remove events, and what was learned from them. Its agent is asked.
 
     Example: fedssl device forget ~/.fedssl --item i42
     """
@@ -153,7 +153,7 @@ def forget(
 
 @device.command()
 def export(folder: Folder) -> None:
-    """All that is kept about the person, as JSON on standard output.
+    """All that is kept about the person, as JSON. On standard output; its agent is asked.
 
     Example: fedssl device export ~/.fedssl > mine.json
     """

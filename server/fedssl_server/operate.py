@@ -128,6 +128,9 @@ def _once(link: Link, folder: Path, processes: Processes, say: Callable[[str], N
     """One Flower run: the ServerApp's log and the status, 'lost' where the SuperLink or a process was."""
     log = ""
     try:
+        if not is_up(link):
+            listen = link.settings.listen
+            say(f"no SuperLink runs on {link.folder} yet; waiting for {listen.name}:{listen.port} (`fedssl server start` makes one)")
         processes.wait_for_port(link.settings.listen.port, link.settings.rounds.nodes_seconds, host=link.settings.listen.name)
         forget_the_dead(folder)
         link.start_superexec(processes, folder)

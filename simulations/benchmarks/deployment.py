@@ -2,6 +2,7 @@
 
 Adam, dropout, a head, counts, clip and noise by keys that both know, on synthetic histories. Deployed is what an operator and a person start: `fedssl server
 start`, SuperNodes with TLS and keys of their own, and `fedssl device run` where devices have agents. Beside it a simulation in other chunks, on two threads.
+Told as well: the memory of each kind of process, Flower's own among them.
 
     python simulations/benchmarks/deployment.py [nodes] [devices] [--rounds 20]
 """
@@ -31,6 +32,7 @@ from fedssl_simulations.federation import federation
 from fedssl_simulations.run import simulate
 from fedssl_simulations.run_files import read_run, write_run
 from fedssl_simulations.simulated_nodes import make_shards
+from process_memory import watched
 from safetensors.numpy import load_file
 
 from fedssl.catalogue import write_catalogue
@@ -178,7 +180,8 @@ def main() -> None:
             torch.set_num_threads(OTHER["threads"])
             simulate(other, out=place / "other", dataset=dataset, keys=KEYS)
             torch.set_num_threads(1)
-            run = deploy(config, dataset, place, two_nodes if kind == "nodes" else devices)
+            with watched() as megabytes:
+                run = deploy(config, dataset, place, two_nodes if kind == "nodes" else devices)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             row = {
                 "kind": kind,
@@ -189,6 +192,7 @@ def main() -> None:
                 "apart": apart(run, place / "simulated", rounds),
                 "apart_other": apart(run, place / "other", rounds),
                 "round_seconds": round(float(np.median([line["seconds"] for line in lines if line["phase"] == "training"])), 1),
+                "megabytes": megabytes,
                 "settings": results.settings_hash([SETTINGS, arguments.rounds, OTHER]),
             }
         if not arguments.dry:

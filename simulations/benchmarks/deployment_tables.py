@@ -36,8 +36,9 @@ def faults() -> str:
     row = results.newest("deployment_troubles")
     if row is not None:
         troubles = [name for name in row["seen"] if not name.startswith("everybody")]
+        came = f"not seen: {', '.join(row['not_seen'])}" if row["not_seen"] else "after each a round came in which all three devices answered"
         lines.append(
-            f"| {', '.join(troubles)}, the server's disk is full | after each a round came in which all three devices answered; {row['events_lost']} of "
+            f"| {', '.join(troubles)}; the server's disk is full | {came}; {row['events_lost']} of "
             f"{row['events']:,} events lost; {row['uncharged'] + row['released_uncharged']} releases uncharged |"
         )
     return "\n".join([*lines, ""]) if len(lines) > 4 else ""
@@ -103,5 +104,16 @@ def deployment() -> str:
         "**Deployed against simulated**, everything on (Adam, dropout, a head, counts, clip, noise by keys that both know), over a SuperLink with TLS and node "
         "authentication: the largest difference of any weight from the simulation in the same chunks, and from one in other chunks on two threads "
         f"(`python simulations/benchmarks/deployment.py`; the largest weight is {row['largest']:.1f}; a round is mostly waiting and new processes).\n\n"
-        f"| fleet | {' | '.join(head)} | same bytes | seconds a round |\n|---|{'---|' * len(head)}---|---|\n" + "\n".join(lines) + "\n"
+        f"| fleet | {' | '.join(head)} | same bytes | seconds a round |\n|---|{'---|' * len(head)}---|---|\n" + "\n".join(lines) + "\n" + _processes()
     )
+
+
+def _processes() -> str:
+    """What each process of a deployment holds, Flower's own among them."""
+    rows = [row for row in results.rows("deployment") if row["kind"] == "devices" and row.get("megabytes")]
+    if not rows:
+        return ""
+    found = []
+    for kind, one in rows[-1]["megabytes"].items():
+        found.append(f"{kind} {one['idle']:.0f} and {one['most']:.0f}" if "idle" in one else f"{kind} {one['most']:.0f}")
+    return f"\nResident MB of each process there, while nothing trains and at most (the same script): {'; '.join(found)}.\n"

@@ -134,7 +134,9 @@ def scale() -> str:
     heads = results.newest("scale", what="heads")
     if heads:
         with_heads, without = heads["rss_bytes"] / 1e6, heads["without"]["rss_bytes"] / 1e6
-        found.append(f"resident after rounds {with_heads:.0f} MB with a million heads, all trained before, and {without:.0f} MB without any")
+        found.append(
+            f"a million heads, all trained before, add {with_heads - without:.0f} MB to the {without:.0f} MB that are resident after rounds without any"
+        )
     return f"**A million users** (`python simulations/benchmarks/scale.py`): {'; '.join(found)}.\n" if found else ""
 
 
@@ -169,15 +171,23 @@ def _scaled(items: int, case: str) -> dict[str, Any] | None:
 
 
 def kills() -> str:
+    parts = []
     row = results.newest("kills")
-    if row is None:
-        return ""
-    return (
-        f"**Kills** (`python simulations/benchmarks/kills.py`): {row['kills']} `kill -9` at random moments of {row['runs']} private runs, each resumed "
-        f"until it ended; of {row['given_out']:,} releases and uploads {row['unknown_to_the_ledger']} that the ledger on disk did not know, "
-        f"{row['two_under_one_attempt']} that differed from another under the same charge, {row['other_than_never_killed']} files or charges other than "
-        "those of a run that was never killed.\n"
-    )
+    if row is not None:
+        parts.append(
+            f"**Kills** (`python simulations/benchmarks/kills.py`): {row['kills']} `kill -9` at random moments of {row['runs']} private runs, each resumed "
+            f"until it ended; of {row['given_out']:,} releases and uploads {row['unknown_to_the_ledger']} that the ledger on disk did not know, "
+            f"{row['two_under_one_attempt']} that differed from another under the same charge, {row['other_than_never_killed']} files or charges other than "
+            "those of a run that was never killed."
+        )
+    row = results.newest("device_kills")
+    if row is not None:
+        parts.append(
+            f"On a device's ledger alone (`python simulations/benchmarks/device_kills.py`) {row['kills']} `kill -9`, {row['between_charge_and_answer']} "
+            f"of them between the charge and its answer: {row['events_lost']} of {row['events']} events lost, {row['released_uncharged']} of "
+            f"{row['released']} answers uncharged, {row['released_unlike']} second answers that differ."
+        )
+    return "\n".join([*parts, ""]) if parts else ""
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import os
 import sys
 
 import typer
+import typer.core
 from fedssl_client.cli import device
 from fedssl_server.cli import server
 
@@ -19,6 +20,9 @@ from fedssl_simulations.commands import models, runs
 from fedssl_simulations.commands.attacks import attack
 from fedssl_simulations.commands.data import data
 from fedssl_simulations.commands.terminal import fail
+
+# Else Typer escapes brackets for rich, which prints none of our help, and the backslash shows.
+typer.core.HAS_RICH = False
 
 cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 for command in (runs.simulate, runs.study, runs.baselines, models.evaluate, models.recommend, models.export, models.report, models.presets):

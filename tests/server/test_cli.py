@@ -76,6 +76,7 @@ def test_a_run_begins_once_and_its_crashes_are_counted(tmp_path: Path):
     said: list[str] = []
     with pytest.raises(FedSSLError, match="2 crashes in a row without a new checkpoint"):
         run_to_end(Link(server), run, said.append)
+    assert said[0].startswith(f"no SuperLink runs on {server} yet; waiting for 127.0.0.1:9 ")
     assert not (run / HALT).exists() and sum(line.startswith("lost: nothing listens") for line in said) == 2
 
 

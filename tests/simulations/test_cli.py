@@ -190,7 +190,7 @@ def test_an_export_takes_the_place_of_a_model_alone(tiny: Path, tmp_path: Path, 
     assert fedssl("export", checkpoint(tiny), "--out", tmp_path / "model") == fedssl("export", checkpoint(tiny), "--out", tmp_path / "model") == 0
 
 
-@pytest.mark.parametrize("group", [[], ["data"], ["attack"], ["server"]])
+@pytest.mark.parametrize("group", [[], ["data"], ["attack"], ["server"], ["device"]])
 def test_what_commands_are_for_is_whole_in_80_columns(group: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert fedssl(*group, "--help") == 0
@@ -211,6 +211,11 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
     for words in (["simulate"], ["baselines"], ["evaluate"], ["recommend"], ["export"], ["report"], ["presets"], ["data", "describe"], ["data", "synthesize"]):
         assert fedssl(*words, "--help") == 0
         assert "Example: fedssl" in capsys.readouterr().out
+
+
+def test_help_says_what_an_argument_is_for(capsys: pytest.CaptureFixture[str]):
+    assert fedssl("recommend", "--help") == 0
+    assert "CHECKPOINT  A folder like RUN/checkpoints/round-000120  [required]" in capsys.readouterr().out
 
 
 def test_a_store_gives_the_run_of_its_file(tiny: Path, tmp_path: Path):
