@@ -14,7 +14,7 @@ def find_path(name: str | Path) -> Path:
     Raises DataError where it is in neither place, saying which were looked in.
     """
     if str(name) in ("", "."):
-        raise DataError("[data] path is empty; name a file of histories, or a folder that `fedssl data convert` made")
+        raise DataError("[data] path is empty or '.'; name a file of histories, or a folder that `fedssl data convert` made")
     path = Path(name).expanduser()
     folder = os.environ.get("FEDSSL_DATA", "")
     try:

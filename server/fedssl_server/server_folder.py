@@ -6,6 +6,7 @@ A run's folder is another one: this one holds what outlives a run (keys, who may
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 from collections.abc import Sequence
@@ -134,6 +135,9 @@ def make_server_folder(folder: Path, *, names: Sequence[str] = (), nodes: Sequen
     for name in nodes:
         if not name.replace("-", "").replace("_", "").isalnum():
             raise ConfigError(f"node {name!r}: wanted letters, digits, - and _, because files are named so")
+    for name in names:
+        if not all(part.replace("-", "").replace("_", "").isalnum() for part in re.split("[.:]+", name.strip(":"))):
+            raise ConfigError(f"name {name!r}: no host name and no address; nodes would not find the server by it")
     with writing(folder):
         for one in (folder, folder / "nodes", folder / LOGS):
             one.mkdir(mode=0o700, parents=True, exist_ok=True)

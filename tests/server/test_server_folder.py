@@ -59,3 +59,16 @@ def test_an_environment_that_cannot_be_is_refused_by_name(name: str, value: str,
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=name):
         door._waits()
+
+
+@pytest.mark.parametrize("name", ["bad name", "", "a/b", "*.example.org"])
+def test_a_name_that_no_node_could_find_makes_no_folder(name: str, tmp_path: Path):
+    with pytest.raises(ConfigError, match="no host name and no address"):
+        make_server_folder(tmp_path / "server", names=[name])
+    assert not (tmp_path / "server").exists()
+
+
+@pytest.mark.parametrize("name", ["fl.example.org", "10.0.0.7", "::1", "my-host_2"])
+def test_host_names_and_addresses_get_a_certificate(name: str, tmp_path: Path):
+    make_server_folder(tmp_path / "server", names=[name])
+    assert (tmp_path / "server" / FILE).exists()

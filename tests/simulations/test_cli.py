@@ -94,9 +94,12 @@ def test_baselines_share_the_table(tiny: Path, capsys: pytest.CaptureFixture[str
     assert all({"all", "unseen"} <= set(row["test"]) for row in rows.values())
 
 
-def test_presets_are_listed_with_what_they_are(capsys: pytest.CaptureFixture[str]):
+def test_presets_are_listed_with_what_they_are_in_the_width_of_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
     assert fedssl("presets") == 0
-    assert "ml-1m" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("ml-1m ") for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_report_of_a_finished_run_is_one_page(tiny: Path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -122,5 +124,6 @@ def presets() -> None:
     """
     from fedssl_simulations.run_files import presets as shipped
 
+    columns = shutil.get_terminal_size().columns
     for name, about in shipped().items():
-        typer.echo(f"{name:16s} {about}")
+        typer.echo(textwrap.fill(about, columns, initial_indent=f"{name:16s} ", subsequent_indent=17 * " "))
