@@ -107,9 +107,8 @@ def _take_weights(folder: Path, download: Download) -> None:
         write_encoder(folder / MODEL, own, download.tensors, run=download.address.run, round=download.address.round)
 
 
-def _end_with_the_agent() -> None:
+def _end_with_the_agent(agent: int) -> None:
     """End when the agent has: a training that nobody watches would not stop at a gate."""
-    agent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == agent:
@@ -124,10 +123,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Answer one download; started by the agent")
     parser.add_argument("--folder", required=True, type=Path, help="the device's folder")
     parser.add_argument("--server", required=True, help="the server that asks")
+    parser.add_argument("--agent", required=True, type=int, help="the process that watches this one; it may have ended before this one looked")
     arguments = parser.parse_args()
     os.umask(0o077)
     os.nice(10)
-    _end_with_the_agent()
+    _end_with_the_agent(arguments.agent)
     return answer_standard_input(lambda data: train(data, arguments.folder, arguments.server))
 
 

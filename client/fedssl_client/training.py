@@ -129,4 +129,5 @@ class Trainer:
 
 def command_of(folder: Path) -> Callable[[str], list[str]]:
     """The child of the agent in ``folder``."""
-    return lambda server: [sys.executable, "-m", "fedssl_client.device_trainer", "--folder", str(folder), "--server", server]
+    words = [sys.executable, "-m", "fedssl_client.device_trainer", "--folder", str(folder), "--agent", str(os.getpid())]
+    return lambda server: [*words, "--server", server]

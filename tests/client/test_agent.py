@@ -340,20 +340,21 @@ def test_a_child_that_dies_is_told_without_its_words(tmp_path: Path):
     agent.close()
 
 
-def test_a_child_ends_with_a_killed_agent(tmp_path: Path):
+@pytest.mark.parametrize("seconds", [0.0, 2.0], ids=["before it looked", "while it waits for its download"])
+def test_a_child_ends_with_a_killed_agent(seconds: float, tmp_path: Path):
     folder = make_device(tmp_path / "d")
     code = (
-        "import subprocess, sys; child = subprocess.Popen([sys.executable, '-m', 'fedssl_client.device_trainer', '--folder', "
-        f"{str(folder)!r}, '--server', 'home'], stdin=subprocess.PIPE); print(child.pid, flush=True); import time; time.sleep(60)"
+        "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-m', 'fedssl_client.device_trainer', '--folder', "
+        f"{str(folder)!r}, '--server', 'home', '--agent', str(os.getpid())], stdin=subprocess.PIPE); print(child.pid, flush=True); import time; time.sleep(60)"
     )
     agent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert agent.stdout is not None
     child = int(agent.stdout.readline())
-    time.sleep(2.0)  # It waits for its download.
+    time.sleep(seconds)
     hold = os.open(f"/proc/{child}/fd/0", os.O_WRONLY | os.O_NONBLOCK)  # So that it is not the end of its input that ends it.
     agent.kill()
     agent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while Path(f"/proc/{child}").exists() and "State:\tZ" not in Path(f"/proc/{child}/status").read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)

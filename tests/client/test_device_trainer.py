@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,7 +72,8 @@ def store_retention() -> Any:
 def test_outside_the_policy_nothing_is_charged_and_no_torch_is_loaded(server: str, tmp_path: Path):
     folder = make_device(tmp_path / "device", allow={"most_epsilon": 1.0})
     (tmp_path / "download").write_bytes(to_bytes(download_of(recipe_of())))
-    code = f"import sys; sys.modules['torch'] = None; sys.argv = ['trainer', '--folder', {str(folder)!r}, '--server', {server!r}]; "
+    words = ["trainer", "--folder", str(folder), "--server", server, "--agent", str(os.getpid())]
+    code = f"import sys; sys.modules['torch'] = None; sys.argv = {words!r}; "
     code += "from fedssl_client.device_trainer import main; sys.exit(main())"
     done = subprocess.run([sys.executable, "-c", code], input=(tmp_path / "download").read_bytes(), capture_output=True, timeout=60, check=False)
     reason = {"stranger": "the person has not joined server 'stranger'", "home": "no privacy plan, and [allow] most_epsilon is 1"}[server]
