@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import results
 from fedssl_simulations.run_files import read_run
-from paired import arguments_of, gain, ndcg, ranks_of, row_of, said, worst_tenth
+from paired import arguments_of, data_of, gain, ndcg, ranks_of, row_of, said, worst_tenth
 
 from fedssl.config import HeadConfig
-from fedssl.data.dataset import load_dataset
 
 NONE = "no head"
 HEADS = {
@@ -24,22 +23,22 @@ HEADS = {
 
 def main() -> None:
     arguments = arguments_of(__doc__, one="this head beside none")
-    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
+    preset, dataset = data_of(arguments)
     configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
     arms = {}
     for name, head in {NONE: HeadConfig(), **HEADS}.items():
         if name == NONE or not arguments.only or name in arguments.only:
-            arms[name] = [row_of(name, arguments.preset, config.model_copy(update={"head": head}), dataset, arguments.runs) for config in configs]
+            arms[name] = [row_of(name, preset, config.model_copy(update={"head": head}), dataset, arguments.runs) for config in configs]
     for name, rows in arms.items():
         if name == NONE:
             continue
         before, after = ranks_of(arms[NONE]), ranks_of(rows)
         gains = {"NDCG@10": gain(ndcg, before, after), "worst tenth, mean of 1 / rank": gain(worst_tenth, before, after)}
-        about = {"preset": arguments.preset, "name": name, "seeds": arguments.seed, "runs": [row["settings"] for row in (*arms[NONE], *rows)]}
+        about = {"preset": preset, "name": name, "seeds": arguments.seed, "runs": [row["settings"] for row in (*arms[NONE], *rows)]}
         if results.newest("head_gains", **about) is None:
             results.append("head_gains", {**about, "gains": gains})
         for what, one in gains.items():
-            print(f"{arguments.preset}, {name}: {what} unseen of the test {said(one)}", flush=True)
+            print(f"{preset}, {name}: {what} unseen of the test {said(one)}", flush=True)
 
 
 if __name__ == "__main__":

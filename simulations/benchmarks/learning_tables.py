@@ -97,21 +97,29 @@ def line(label: str, found: list[Mapping[str, Any]], rows: list[dict[str, Any]])
 
 
 def parts_that_help() -> str:
-    """What a task and a head are worth, by the newest comparison over three seeds."""
+    """What a task and a head are worth, by the newest comparison over three seeds, and what steps between rounds are."""
     lines = []
+    rounds = {row["settings"]: row["rounds"] for row in results.rows("paired_runs")}
     for file, beside in (("task_gains", "next item"), ("head_gains", "no head")):
-        newest = {(row["preset"], row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
-        for (preset, name), row in newest.items():
+        newest = {(row["preset"], rounds[row["runs"][0]], row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
+        for (preset, number, name), row in sorted(newest.items(), key=lambda one: one[0][:2]):
             for what, one in row["gains"].items():
-                (low, high), (least, most) = one["interval"], one["seeds"]
                 what = f"NDCG@10, {what}" if file == "task_gains" else what
-                change = f"{one['gain']:+.1%} ({low:+.1%} to {high:+.1%}) | {least:+.1%} to {most:+.1%}"
-                lines.append(f"| {name}, against {beside} | `{preset}` | {what} | {one['before']:.4g} | {one['after']:.4g} | {change} |")
+                lines.append(f"| {name}, against {beside} | {preset}, {number} rounds | {what} | {_gain(one)} |")
+    row = results.newest("adaptation", name="user vector")
+    if row is not None:
+        name = f"user vector with a step at each event, against without (`adapt = {row['rate']:g}`)"
+        lines.append(f"| {name} | {row['preset']} | NDCG@10 of the last 5 of 10 events, one by one | {_gain(row['gains']['unseen'])} |")
     if not lines:
         return ""
     head = "| with | preset | `unseen` of the test | without | with | gain (95 % over users) | seeds |\n|---|---|---|---|---|---|---|\n"
-    about = "runs with and without, compared user by user over three seeds (`python simulations/benchmarks/tasks.py`, `heads.py`)"
+    about = "runs with and without, compared user by user over three seeds (`python simulations/benchmarks/tasks.py`, `heads.py`, `adaptation.py`)"
     return f"**Tasks and heads** ([docs/tasks.md](docs/tasks.md)): {about}.\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def _gain(one: Mapping[str, Any]) -> str:
+    (low, high), (least, most) = one["interval"], one["seeds"]
+    return f"{one['before']:.4g} | {one['after']:.4g} | {one['gain']:+.1%} ({low:+.1%} to {high:+.1%}) | {least:+.1%} to {most:+.1%}"
 
 
 def cold_items() -> str:

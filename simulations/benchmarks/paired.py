@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 import numpy as np
 import results
 from fedssl_simulations.run import simulate
+from fedssl_simulations.run_files import read_run
 from numpy.typing import NDArray
 
 from fedssl.config import RunConfig
-from fedssl.data.dataset import Dataset
+from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.data.histories import Histories
 from fedssl.evaluation import evaluate
 from fedssl.intervals import LEVEL
 from fedssl.round_lines import read_lines
@@ -37,8 +40,24 @@ def arguments_of(about: str | None, *, one: str) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--only", action="append", default=[], help=f"{one}; may be repeated")
+    parser.add_argument("--newest", type=int, default=0, help="keep so many newest events of each user, the two held out among them; 0: all")
     parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
     return parser.parse_args()
+
+
+def data_of(arguments: argparse.Namespace) -> tuple[str, Dataset]:
+    """What the comparison is on, in words and as data: the preset's, or each user's newest events of it."""
+    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
+    if not arguments.newest:
+        return arguments.preset, dataset
+    histories = dataset.histories
+    lengths = np.minimum(histories.lengths, arguments.newest)
+    ends = np.repeat(histories.cuts[1:], lengths)
+    cuts = np.concatenate([[0], np.cumsum(lengths)])
+    kept = ends - np.repeat(cuts[1:], lengths) + np.arange(cuts[-1])
+    times = None if histories.times is None else histories.times[kept]
+    cut = Histories(histories.items[kept], cuts, times, histories.names, histories.held_from)
+    return f"{arguments.preset}, newest {arguments.newest}", replace(dataset, histories=cut)
 
 
 def row_of(name: str, preset: str, config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Any]:

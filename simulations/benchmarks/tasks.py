@@ -4,7 +4,7 @@ Runs are rows of results/paired_runs.jsonl and are not run again. A comparison, 
 the test differs, for all and for users with short histories, and after how many rounds a run validates as well as 95 % of what next
 item alone reaches in the end.
 
-    python simulations/benchmarks/tasks.py ml-100k --seed 1 2 3        (needs ml-100k.inter.gz where $FEDSSL_DATA points)
+    python simulations/benchmarks/tasks.py ml-100k --seed 1 2 3 [--newest 11]       (needs ml-100k.inter.gz where $FEDSSL_DATA points)
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import results
 from fedssl_simulations.run_files import read_run
-from paired import arguments_of, gain, ndcg, ranks_of, row_of, said
+from paired import arguments_of, data_of, gain, ndcg, ranks_of, row_of, said
 from quality import with_previous_item
 
 from fedssl.config import RunConfig, TaskConfig
-from fedssl.data.dataset import Dataset, load_dataset
+from fedssl.data.dataset import Dataset
 from fedssl.evaluation import SHORT_HISTORY
 
 ALONE = "next item"
@@ -32,15 +32,15 @@ BESIDE = {
 
 def main() -> None:
     arguments = arguments_of(__doc__, one="this arm beside next item alone")
-    dataset = load_dataset(read_run(arguments.preset, arguments.overrides).data)
+    preset, dataset = data_of(arguments)
     arms: dict[str, list[dict[str, Any]]] = {}
     for name in (ALONE, LONGER, PREVIOUS, *BESIDE):
         if name == ALONE or not arguments.only or name in arguments.only:
             configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
-            arms[name] = [row_of(name, arguments.preset, arm(name, config), dataset, arguments.runs) for config in configs]
+            arms[name] = [row_of(name, preset, arm(name, config), dataset, arguments.runs) for config in configs]
     for name, rows in arms.items():
         if name != ALONE:
-            compare(arguments.preset, name, arms[ALONE], rows, dataset)
+            compare(preset, name, arms[ALONE], rows, dataset)
 
 
 def arm(name: str, config: RunConfig) -> RunConfig:
