@@ -63,14 +63,15 @@ def quality(preset: str) -> str:
     if "counts" in newest["test"].get("parts", {}):
         lines.append(line("the preset's item-to-item counts alone", [row["test"]["parts"]["counts"] for row in positions.values()], []))
     said = []
-    if set(central) & set(equal):
-        said.append(f"{share(equal, central)} of central training (encoder alone)")
+    for rows, label in ((positions, "weights by positions"), (equal, "equal weights (summed loss)")):
+        if set(central) & set(rows):
+            said.append(f"Federated with {label} reaches, `all` / `unseen`, {share(rows, central)} of central training (encoder alone).")
     if set(positions) & set(equal):
         alone = share(equal, positions)
         with_counts = f" with the counts, {alone} without" if "parts" in newest["test"] else ""
-        said.append(f"{share(equal, positions, whole=True)} of weights by positions{with_counts}")
+        said.append(f"Equal weights reach {share(equal, positions, whole=True)} of weights by positions{with_counts}.")
     if said:
-        lines += ["", f"Federated with equal weights (summed loss) reaches, `all` / `unseen`, {'; '.join(said)}."]
+        lines += ["", " ".join(said)]
     return "\n".join([*lines, ""])
 
 
