@@ -45,7 +45,7 @@ def follow(agent: Connection, number: int) -> None:
 
 
 if __name__ == "__main__":
-    with connect(SOCKET) as agent:
+    with connect(sys.argv[2] if len(sys.argv) > 2 else SOCKET) as agent:
         while True:
             try:
                 follow(agent, int(sys.argv[1]))
