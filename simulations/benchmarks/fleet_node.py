@@ -5,15 +5,18 @@ What is not there is a SuperNode's local API, its SuperExec and its ClientApp: `
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message
 from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.constant import PULL_BACKOFF_CAP, PULL_INITIAL_BACKOFF
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree, iterate_object_tree, no_object_id_recompute
 from flwr.supercore.inflatable.inflatable_utils import ObjectUnavailableError, inflate_object_from_contents
 from flwr.supercore.run import RunNotRunningException
@@ -25,7 +28,8 @@ IDLE_SECONDS = 3.0
 
 
 class FleetNode(threading.Thread):
-    """One node, from `start` until ``end`` is set or its connection fails. ``answered``: how many messages; ``failed``: how many replies nobody took.
+    """One node, from `start` until ``end`` is set. ``answered``: how many messages; ``failed``: how many replies nobody took; ``returned``: how often it began
+    anew after its connection had failed, as a SuperNode does that an init system keeps up.
 
     ``key``: the file of its private key, as `fedssl server init` makes it; ``ca``: the certificate of who signed the server's.
     """
@@ -36,10 +40,19 @@ class FleetNode(threading.Thread):
         private = load_ssh_private_key(key.read_bytes(), None)
         assert isinstance(private, ec.EllipticCurvePrivateKey)
         self._keys = (private, private.public_key())
-        self.node_id, self.answered, self.failed = 0, 0, 0
+        self.node_id, self.answered, self.failed, self.returned = 0, 0, 0, 0
 
     def run(self) -> None:
         """Ask for messages and answer them."""
+        while True:
+            with suppress(SystemExit):  # So Flower's code says that there is no connection.
+                self._hold()
+            if self._end.wait(1.0):
+                return
+            self.returned += 1
+
+    def _hold(self) -> None:
+        """One connection."""
         connected = http_request_response(self._address, False, str(self._ca), self._keys)
         with connected as (self.node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm):
             known: set[int] = set()
@@ -73,11 +86,13 @@ def _whole(message: Message, tree: ObjectTree, pull: Callable[[str], bytes]) -> 
     """The message with its content, which is pulled object by object."""
     contents = {}
     for name in dict.fromkeys(one.object_id for one in iterate_object_tree(tree)):
+        pause = float(PULL_INITIAL_BACKOFF)
         while name not in contents:
             try:
                 contents[name] = pull(name)
-            except ObjectUnavailableError:  # The server pushes it still.
-                time.sleep(0.2)
+            except ObjectUnavailableError:  # The server pushes it still: a SuperNode waits so, too.
+                time.sleep(pause * random.uniform(0.8, 1.2))
+                pause = min(2 * pause, PULL_BACKOFF_CAP)
     whole = inflate_object_from_contents(tree.object_id, contents)
     assert isinstance(whole, Message)
     whole.metadata.__dict__["_message_id"] = message.metadata.message_id

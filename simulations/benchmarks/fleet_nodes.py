@@ -106,6 +106,7 @@ def hold(folder: Path, nodes: int, rounds: int) -> dict[str, object]:
         "nodes": nodes,
         "rounds": len(lines),
         "answers": sum(node.answered for node in fleet),
+        "returned": sum(node.returned for node in fleet),
         "refused": sum(sum(one["refused_for"].values()) for one in seen),
         "round_seconds": [line["seconds"] for line in lines],
         "seconds": round(seconds, 1),
