@@ -73,7 +73,11 @@ class Link:
             raise FedSSLError(f"{self.address}: something listens there already; end it, or change [listen] port in server.toml")
         certificates = ["--ssl-ca-certfile", str(self.ca), "--ssl-certfile", str(self.folder / tls.certificate), "--ssl-keyfile", str(self.folder / tls.key)]
         guards = ["--enable-supernode-auth", "--isolation", "process", "--superexec-auth-secret-file", str(self.folder / SECRET)]
-        where = ["--host", listen.host, "--port", str(listen.port), "--database", str(self.folder / DATABASE)]
+        where = ["--host", listen.host, "--port", str(listen.port)]
+        if self.settings.superlink.state == "disk":
+            where += ["--database", str(self.folder / DATABASE)]
+        else:
+            (self.folder / REGISTERED).unlink(missing_ok=True)  # A new SuperLink knows nobody.
         processes.start("superlink", [program("flower-superlink"), *where, *certificates, *guards])
         processes.wait_for_port(listen.port, seconds, host=listen.name)
 

@@ -109,6 +109,15 @@ class Rounds(_Section):
         }
 
 
+class SuperLink(_Section):
+    """Where Flower's SuperLink keeps who joined and the messages under way: in a database on the disk, or in memory, which holds many more nodes.
+
+    What is in memory is gone with the process: nodes join anew, and `fedssl server run` goes on from its checkpoint as after any crash.
+    """
+
+    state: Literal["disk", "memory"] = "disk"
+
+
 class ServerSettings(_Section):
     """server.toml."""
 
@@ -116,6 +125,7 @@ class ServerSettings(_Section):
     tls: Tls = Tls()
     nodes: Nodes = Nodes()
     rounds: Rounds = Rounds()
+    superlink: SuperLink = SuperLink()
 
     @property
     def environment(self) -> dict[str, str]:

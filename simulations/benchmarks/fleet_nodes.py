@@ -66,7 +66,7 @@ def answering(shard: Shard):
     return reply
 
 
-def hold(folder: Path, nodes: int, rounds: int) -> dict[str, object]:
+def hold(folder: Path, nodes: int, rounds: int, state: str) -> dict[str, object]:
     """A run of so many rounds on so many nodes: what was measured."""
     config = config_of(nodes, rounds)
     dataset = make_dataset(synthesize(users=nodes, items=ITEMS, seed=3, mean_events=20.0), DataConfig(min_events=1))
@@ -76,7 +76,7 @@ def hold(folder: Path, nodes: int, rounds: int) -> dict[str, object]:
     write_run(config, folder / "start" / "run.toml")
     write_catalogue(dataset.catalogue, folder / "start" / "catalogue.jsonl")
     names = [f"node-{number}" for number in range(nodes)]
-    server = TrialServer(folder / "server", names, rounds={"nodes": nodes, "nodes_seconds": 300, "round_seconds": 300})
+    server = TrialServer(folder / "server", names, rounds={"nodes": nodes, "nodes_seconds": 300, "round_seconds": 300}, state=state)
     end = threading.Event()
     try:
         began = time.perf_counter()
@@ -108,6 +108,7 @@ def hold(folder: Path, nodes: int, rounds: int) -> dict[str, object]:
         "answers": sum(node.answered for node in fleet),
         "returned": sum(node.returned for node in fleet),
         "refused": sum(sum(one["refused_for"].values()) for one in seen),
+        "state": state,
         "round_seconds": [line["seconds"] for line in lines],
         "seconds": round(seconds, 1),
         "register_seconds": round(registered, 1),
@@ -123,6 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--state", choices=["disk", "memory"], default="memory", help="[superlink] state of server.toml")
     parser.add_argument("--keep", type=Path, help="a folder to work in, which stays")
     parser.add_argument("--dry", action="store_true", help="do not append to results/")
     arguments = parser.parse_args()
@@ -131,7 +133,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = arguments.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        row = hold(folder, arguments.nodes, arguments.rounds)
+        row = hold(folder, arguments.nodes, arguments.rounds, arguments.state)
     print(json.dumps(row, indent=1))
     if not arguments.dry:
         results.append("fleet_nodes", row)

@@ -30,16 +30,17 @@ FEDSSL = [str(Path(sys.executable).with_name("fedssl"))]
 class TrialServer:
     """`fedssl server start` on a new folder, with the keys of ``nodes`` in it. ``rounds``: the values of its section [rounds].
 
-    ``here``: another address of this machine, by which nodes reach it too.
+    ``here``: another address of this machine, by which nodes reach it too. ``state``: where the SuperLink keeps its own.
     """
 
-    def __init__(self, folder: Path, nodes: Sequence[str], *, rounds: Mapping[str, float], here: str | None = None):
+    def __init__(self, folder: Path, nodes: Sequence[str], *, rounds: Mapping[str, float], here: str | None = None, state: str = "disk"):
         self.folder, self.nodes = folder, list(nodes)
         self.port = free_ports(1)[0]
         make_server_folder(folder, port=self.port, names=[here] if here else [], host="0.0.0.0" if here else "127.0.0.1")
         text = (folder / "server.toml").read_text()
         head = text[: text.index("[rounds]")]
-        write_whole(folder / "server.toml", head + "[rounds]\n" + "".join(f"{name} = {value}\n" for name, value in rounds.items()))
+        waits = "".join(f"{name} = {value}\n" for name, value in rounds.items())
+        write_whole(folder / "server.toml", f'{head}[rounds]\n{waits}[superlink]\nstate = "{state}"\n')
         (folder / "keys").mkdir()
         for name in nodes:
             make_node_key(folder / "keys", name)
