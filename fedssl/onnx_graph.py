@@ -205,26 +205,61 @@ def _gru4rec(graph: _Graph, config: EncoderConfig) -> str:
 
 
 def _hgrn(graph: _Graph, config: EncoderConfig) -> str:
-    """`fedssl.encoders.hgrn` for one history: what runs through time is a Scan of one multiply-add."""
+    """`fedssl.encoders.hgrn` for one history. The last block is asked for the newest position alone."""
     D = config.width
-    vector = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [D]) for name in ("state", "keep", "new", "next", "after")]
-    step = [
-        helper.make_node("Mul", ["keep", "state"], ["kept"]),
-        helper.make_node("Add", ["kept", "new"], ["next"]),
-        helper.make_node("Identity", ["next"], ["after"]),
-    ]
-    body = helper.make_graph(step, "running mean", vector[:3], vector[3:])
     hidden = _rows(graph, config)
     for block in range(config.blocks):
-        name = f"block{block}."
-        gates = graph.linear(graph.layer_norm(hidden, name + "norm"), name + "in", name + "in.bias")
-        forget, value, gate = graph.many("Split", 3, gates, axis=-1, num_outputs=3)
+        name, is_last = f"block{block}.", block == config.blocks - 1
+        normal = graph.layer_norm(hidden, name + "norm")
+        weight, bias = (numpy_helper.to_array(graph.arrays.pop(name + leaf)) for leaf in ("in", "in.bias"))
+        through_time = graph.linear(normal, graph.floats(weight[:, : 2 * D]), graph.floats(bias[: 2 * D]))
+        forget, value = graph.many("Split", 2, through_time, axis=-1, num_outputs=2)
+        if is_last:
+            hidden, normal = _newest(graph, hidden), _newest(graph, normal)
+        gate = graph.linear(normal, graph.floats(weight[:, 2 * D :]), graph.floats(bias[2 * D :]))
         keep = graph("Sigmoid", forget)
         new = graph("Mul", graph("Sub", graph.floats(1.0), keep), value)
-        _, mean = graph.many("Scan", 2, graph.floats(np.zeros(D)), keep, new, num_scan_inputs=2, body=body)
+        mean = _last_mean(graph, keep, new) if is_last else _running_mean(graph, keep, new, config)
         read = graph("Mul", mean, graph("Mul", gate, graph("Sigmoid", gate)))
         hidden = graph("Add", hidden, graph("MatMul", read, name + "out"))
     return graph.layer_norm(_last(graph, hidden), "norm")
+
+
+def _newest(graph: _Graph, hidden_LD: str) -> str:
+    return graph("Gather", hidden_LD, graph.ints(-1), axis=0)
+
+
+def _running_mean(graph: _Graph, keep: str, new: str, config: EncoderConfig) -> str:
+    """mean[t] = keep[t] * mean[t - 1] + new[t] at all positions: within pieces of about the square root of the window, all at once, then from piece to piece.
+
+    A Scan of ONNX would take three operators a position.
+    """
+    length = graph("Shape", new, start=0, end=1)
+    piece = math.isqrt(config.window - 1) + 1
+    pieces = -(-config.window // piece)
+    # Zeros before the history, of which nothing is kept.
+    pads = graph("Concat", graph("Sub", graph.ints(piece * pieces), length), graph.ints(0, 0, 0), axis=0)
+    keeps, news = (
+        graph.many("Split", piece, graph("Reshape", graph("Pad", each, pads), graph.ints(pieces, piece, -1)), axis=1, num_outputs=piece) for each in (keep, new)
+    )
+    means, kept = news[:1], keeps[:1]
+    for keep_PD, new_PD in zip(keeps[1:], news[1:], strict=True):
+        means.append(graph("Add", graph("Mul", keep_PD, means[-1]), new_PD))
+        kept.append(graph("Mul", keep_PD, kept[-1]))
+    ends, shares = (graph.many("Split", pieces, each[-1], axis=0, num_outputs=pieces) for each in (means, kept))
+    carried = [graph.floats(np.zeros((1, 1, config.width))), ends[0]]
+    for end, share in zip(ends[1:-1], shares[1:-1], strict=True):
+        carried.append(graph("Add", graph("Mul", share, carried[-1]), end))
+    mean = graph("Add", graph("Concat", *means, axis=1), graph("Mul", graph("Concat", *kept, axis=1), graph("Concat", *carried[:pieces], axis=0)))
+    flat = graph("Reshape", mean, graph.ints(piece * pieces, -1))
+    return graph("Slice", flat, graph("Neg", length), graph.ints(np.iinfo(np.int64).max), graph.ints(0))
+
+
+def _last_mean(graph: _Graph, keep: str, new: str) -> str:
+    """The newest of `_running_mean`, (1, D): each event by the product of what was kept since."""
+    logarithm = graph("Log", keep)
+    since = graph("CumSum", logarithm, graph.array(0, dtype=np.int64), exclusive=1, reverse=1)
+    return graph("ReduceSum", graph("Mul", graph("Exp", since), new), graph.ints(0), keepdims=1)
 
 
 _GRAPHS: dict[str, Callable[[_Graph, EncoderConfig], str]] = {"sasrec": _sasrec, "bert4rec": _bert4rec, "gru4rec": _gru4rec, "hgrn": _hgrn}

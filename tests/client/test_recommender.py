@@ -35,9 +35,9 @@ HISTORIES = [[], [4], [2, 9, 2], list(range(1, 8)), [5, 1, 30, 7, 7, 2, 12, 3, 1
 ENCODERS = ("sasrec", "bert4rec", "gru4rec", "hgrn")
 
 
-def recipe_of(encoder: str = "sasrec", **sections: object) -> Recipe:
+def recipe_of(encoder: str = "sasrec", window: int = 7, blocks: int = 2, **sections: object) -> Recipe:
     task = [{"name": "masked-item" if encoder == "bert4rec" else "next-item"}]
-    config = {"encoder": {"name": encoder, "width": D, "hidden": 24, "window": 7, "blocks": 2}, "task": task, **sections}
+    config = {"encoder": {"name": encoder, "width": D, "hidden": 24, "window": window, "blocks": blocks}, "task": task, **sections}
     return make_recipe(RunConfig.model_validate(config), num_items=ITEMS, catalogue=CATALOGUE.hash)
 
 
@@ -75,6 +75,16 @@ def test_scores_are_those_of_the_torch_recommender_with_the_head_merged_in(encod
             heads = None if head is None else lambda users: np.tile(head_D, (len(users), 1))
             wanted = Recommender(recipe, weights_of(recipe), heads=heads)([rows], np.zeros(1, np.int64))["score"][0].numpy()
             np.testing.assert_allclose(device.scores(rows, head), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 5, 16, 17, 23])
+def test_hgrn_runs_through_a_window_of_any_length_in_pieces_as_event_by_event(window: int, tmp_path: Path):
+    recipe = recipe_of("hgrn", window, blocks=3)
+    device = on_device(tmp_path / "model", recipe)
+    rows = np.random.default_rng(window).integers(1, ITEMS + 1, window + 1)
+    for length in range(1, window + 2):
+        wanted = Recommender(recipe, weights_of(recipe))([rows[:length]], np.zeros(1, np.int64))["score"][0].numpy()
+        np.testing.assert_allclose(device.scores(rows[:length]), wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_mean_of_a_history_longer_than_the_window_is_that_of_the_torch_recommender(tmp_path: Path):
