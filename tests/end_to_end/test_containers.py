@@ -125,6 +125,7 @@ def composed() -> Iterator[Composed]:
         print(found.compose("logs", "--tail=60"))
         raise
     finally:
+        found.compose("rm", "-fs", "run")  # It lives in the superlink's network, and podman lets nothing go that another one lives in.
         found.compose("down", "-v", "--remove-orphans", seconds=300)
 
 
