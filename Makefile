@@ -35,7 +35,7 @@ format: $(READY)  ## Let ruff put the code in order
 	$(BIN)/ruff format .
 
 federation: $(READY)  ## Over a SuperLink here: three devices record, train and recommend; nodes, and devices with agents, reach the simulation's bytes
-	OMP_NUM_THREADS=1 FEDSSL_FEDERATION=1 $(BIN)/python -m pytest tests/end_to_end/test_three_devices.py tests/end_to_end/test_federation.py tests/end_to_end/test_devices.py -v -rs
+	OMP_NUM_THREADS=1 FEDSSL_FEDERATION=1 $(BIN)/python -m pytest tests/end_to_end/test_three_devices.py tests/end_to_end/test_federation.py tests/end_to_end/test_devices.py tests/end_to_end/test_away_and_back.py -v -rs
 
 containers: $(READY)  ## Build and run docker/compose.yaml, where `docker` reaches an engine: three devices record, train and recommend
 	OMP_NUM_THREADS=1 FEDSSL_ENGINE=docker $(BIN)/python -m pytest tests/end_to_end/test_containers.py -v -s

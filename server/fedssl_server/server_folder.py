@@ -112,7 +112,8 @@ class Rounds(_Section):
 class SuperLink(_Section):
     """Where Flower's SuperLink keeps who joined and the messages under way: in a database on the disk, or in memory, which holds many more nodes.
 
-    What is in memory is gone with the process: nodes join anew, and `fedssl server run` goes on from its checkpoint as after any crash.
+    What is in memory is gone with the process: its SuperNodes end, without an error, join again once they are started again (fedssl-node.service does so),
+    and `fedssl server run` goes on from its checkpoint as after any crash.
     """
 
     state: Literal["disk", "memory"] = "disk"

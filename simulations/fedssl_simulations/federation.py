@@ -20,6 +20,7 @@ from pathlib import Path
 
 from fedssl_server.link import FLOWER_APP, REGISTERED, Link, Outcome
 from fedssl_server.processes import Processes, free_ports, program
+from fedssl_server.server_folder import FILE as SETTINGS
 from fedssl_server.server_folder import SECRET, make_server_folder
 
 from fedssl.errors import FedSSLError
@@ -48,6 +49,7 @@ def federation(
     *,
     environment: Mapping[str, str] | None = None,
     as_user: Mapping[int, OtherUser] | None = None,
+    settings: str = "",
     start_seconds: float = 60.0,
     stop_seconds: float = 30.0,
 ) -> Iterator[Federation]:
@@ -55,7 +57,8 @@ def federation(
 
     A store is a node's folder, or the whole node config of one that has an agent (``{"agent-socket": PATH, "server": NAME}``).
     ``run_dir``: the run folder of the ServerApp; None: `fedssl server run` will bring it. ``environment``: added to that of all processes.
-    ``as_user``: stores by number whose SuperNode, and so all that a server ships to it, runs as another user.
+    ``as_user``: stores by number whose SuperNode, and so all that a server ships to it, runs as another user. ``settings``: added to server.toml, whose
+    last section is [rounds].
     ``start_seconds``: time for everything to come up; ``stop_seconds``: how long the processes have to end by themselves, then they are killed.
     """
     with ExitStack() as stack:
@@ -65,6 +68,8 @@ def federation(
         port, *ports = free_ports(1 + len(stores))
         names = [f"node-{number}" for number in range(len(stores))]
         make_server_folder(folder, nodes=names, port=port)
+        with (folder / SETTINGS).open("a") as file:
+            file.write(settings)
         link = Link(folder, dict(environment or {}))
         processes = link.processes()
         stack.callback(processes.end, stop_seconds)

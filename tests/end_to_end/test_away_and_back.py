@@ -1,4 +1,4 @@
-"""A run over a real SuperLink: a node that goes away in a round and comes back is counted, nodes evaluate, and `halt --now` ends a round at once."""
+"""Who goes away in a round of a real SuperLink and comes back, a node or all that the SuperLink knew; nodes evaluate, and `halt --now` ends a round."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from fedssl_server.processes import program
 from fedssl_simulations.federation import Federation, federation
@@ -71,10 +73,32 @@ def signal_all(deployed: Federation, name: str, number: int) -> None:
     os.killpg(deployed.processes.running[name].pid, number)
 
 
-@pytest.mark.timeout(900)
-def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_was_halted_at_once_is_asked_for_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+@dataclass(frozen=True)
+class Trial:
+    """Twelve people on two nodes: ``stores``, what an operator submits, and the ``wanted`` run, which was simulated."""
+
+    folder: Path
+    stores: list[Path]
+    wanted: Path
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def begin(self, deployed: Federation) -> subprocess.Popen[str]:
+        """`fedssl server run` of it."""
+        return operate(deployed, "run", str(self.folder / "run.toml"), "--catalogue", str(self.folder / "catalogue.jsonl"), "--out", str(self.run))
+
+    def check(self) -> None:
+        """All rounds had all people, and ended with the bytes of the simulation."""
+        rounds = [(line["round"], line["users"], line["nodes_used"], line["refused"]) for line in lines(self.run)]
+        assert rounds == [(number, 12, 2, {}) for number in range(1, 4)]
+        newest, simulated = (list_checkpoints(folder / "checkpoints")[-1] for folder in (self.run, self.wanted))
+        assert (newest / "weights.safetensors").read_bytes() == (simulated / "weights.safetensors").read_bytes()
+
+
+@pytest.fixture
+def trial(tmp_path: Path) -> Trial:
     config = read_run(SETTINGS)
     dataset = make_dataset(synthesize(users=12, items=100, seed=3, mean_events=10.0), DataConfig(min_events=1))
     simulate(config, out=tmp_path / "simulated", dataset=dataset)
@@ -84,12 +108,17 @@ def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_w
     for number, shard in make_shards(dataset, config, tmp_path).items():
         write_shard(tmp_path / f"node-{number}", dataset.histories, shard.users)
         stores.append(tmp_path / f"node-{number}")
-    run = tmp_path / "run"
-    began = time.monotonic()
-    with federation(stores, None, environment={"OMP_NUM_THREADS": "1"}, start_seconds=SECONDS) as deployed:
-        with (deployed.link.folder / "server.toml").open("a") as file:
-            file.write(f"round_seconds = {SECONDS:.0f}\nreconnect_seconds = {SECONDS / 2:.0f}\n")
-        going = operate(deployed, "run", str(tmp_path / "run.toml"), "--catalogue", str(tmp_path / "catalogue.jsonl"), "--out", str(run))
+    return Trial(tmp_path, stores, tmp_path / "simulated")
+
+
+@pytest.mark.timeout(900)
+def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_was_halted_at_once_is_asked_for_again(
+    trial: Trial, capsys: pytest.CaptureFixture[str]
+):
+    run, began = trial.run, time.monotonic()
+    settings = f"round_seconds = {SECONDS:.0f}\nreconnect_seconds = {SECONDS / 2:.0f}\n"
+    with federation(trial.stores, None, environment={"OMP_NUM_THREADS": "1"}, settings=settings, start_seconds=SECONDS) as deployed:
+        going = trial.begin(deployed)
 
         # Round 2: node-1 hears the question and cannot answer; it leaves, and is back when Flower says that it is gone.
         until(lambda: len(lines(run)) == 1, going)
@@ -119,9 +148,44 @@ def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_w
         print(f" a node away and back, and a halt at once: {time.monotonic() - began:.0f} s ", end="")
 
     assert away == 1
-    assert [(line["round"], line["users"], line["nodes_used"], line["refused"]) for line in lines(run)] == [(number, 12, 2, {}) for number in range(1, 4)]
-    newest, simulated = (list_checkpoints(folder / "checkpoints")[-1] for folder in (run, tmp_path / "simulated"))
-    assert (newest / "weights.safetensors").read_bytes() == (simulated / "weights.safetensors").read_bytes()
+    trial.check()
     # Rounds 2 and 3 were evaluated where the events are: the numbers of the simulation.
-    found, wanted = ({line["round"]: line["evaluation"] for line in lines(folder) if "evaluation" in line} for folder in (run, tmp_path / "simulated"))
+    found, wanted = ({line["round"]: line["evaluation"] for line in lines(folder) if "evaluation" in line} for folder in (run, trial.wanted))
     assert found == wanted and sorted(found) == [2, 3] and found[3]["users"] == 12
+
+
+@pytest.mark.skipif(os.environ.get("FEDSSL_FEDERATION") != "1", reason="two minutes more of Flower's processes: `make federation`")
+@pytest.mark.timeout(900)
+def test_a_superlink_that_kept_its_state_in_memory_and_was_killed_loses_the_round_and_no_run(trial: Trial, capsys: pytest.CaptureFixture[str]):
+    began, settings = time.monotonic(), '[superlink]\nstate = "memory"\n'
+    with federation(trial.stores, None, environment={"OMP_NUM_THREADS": "1"}, settings=settings, start_seconds=SECONDS) as deployed:
+        before = deployed.link.nodes()
+        going = trial.begin(deployed)
+        until(lambda: len(lines(trial.run)) == 1, going)
+        (superlink,) = [process for process in psutil.process_iter() if "flower-superlink" in process_words(process, deployed)]
+        superlink.kill()
+
+        # A new one knows nobody: its nodes end, without an error, and what keeps them up starts them again.
+        ends, deadline = [], time.monotonic() + SECONDS
+        while going.poll() is None and time.monotonic() < deadline:
+            for name in before:
+                node = deployed.processes.running[name]
+                if node.poll() is not None:
+                    ends.append((name, node.returncode))
+                    deployed.processes.start(name, list(node.args))
+            time.sleep(1.0)
+        assert said(going) == f"{trial.run}: done\n"
+        assert deployed.link.nodes() == before
+    assert set(ends) == {("node-0", 0), ("node-1", 0)}
+    with capsys.disabled():
+        print(f" a SuperLink killed with its memory: {time.monotonic() - began:.0f} s ", end="")
+    trial.check()
+
+
+def process_words(process: psutil.Process, deployed: Federation) -> str:
+    """The command of a process of this deployment; empty for others."""
+    try:
+        words = " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+    return words if str(deployed.link.folder) in words else ""
