@@ -25,6 +25,8 @@ def writing(path: Path) -> Iterator[None]:
     """Around what writes ``path``: no room, no right, a read-only or a broken disk become a DiskError that names it."""
     try:
         yield
+    except IsADirectoryError:
+        raise DiskError(f"{path}: a folder is there; wanted the name of a file") from None
     except OSError as error:
         raise DiskError(
             f"{path}: cannot be written ({error.strerror or error}); make room, or get the right to write there, and do the same again (a run: --resume). "

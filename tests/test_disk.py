@@ -49,6 +49,13 @@ def test_a_file_that_finds_no_room_stays_as_it_was_and_leaves_nothing_beside_it(
     assert path.read_text() == "as it was"
 
 
+def test_a_folder_where_a_file_is_wanted_is_named_as_one_and_stays(tmp_path: Path):
+    (tmp_path / "page").mkdir()
+    with pytest.raises(DiskError, match=r"page: a folder is there; wanted the name of a file"):
+        write_whole(tmp_path / "page", "text")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page"]
+
+
 def test_an_error_in_the_block_that_is_not_the_disks_passes_as_it_is(tmp_path: Path):
     def half(beside: Path) -> None:
         beside.write_text("half")

@@ -45,6 +45,8 @@ def read_run(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = 
         values = merged(_preset(values["preset"], where), values)
     for text in overrides:
         _override(values, text)
+    if overrides:
+        where += f" with {' '.join(f'--set {text}' for text in overrides)}"
     if seed is not None:
         values["seed"] = seed
     return check(RunConfig, values, where=where)

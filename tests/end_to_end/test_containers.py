@@ -50,6 +50,11 @@ class Composed:
         """What a command of compose says."""
         return said(*self.command, "-p", PROJECT, "-f", "docker/compose.yaml", *words, seconds=seconds)
 
+    def remove(self) -> None:
+        """Everything of it but the images."""
+        self.compose("rm", "-fs", "run")  # It lives in the superlink's network, and podman lets nothing go that another one lives in.
+        self.compose("down", "-v", "--remove-orphans", seconds=300)
+
     @cached_property
     def names(self) -> list[str]:
         """All services."""
@@ -108,6 +113,7 @@ def composed() -> Iterator[Composed]:
     has_plugin = subprocess.run(["docker", "compose", "version"], capture_output=True, check=False).returncode == 0
     assert has_plugin or shutil.which("docker-compose"), "neither `docker compose` nor docker-compose"
     found = Composed(["docker", "compose"] if has_plugin else ["docker-compose"])
+    found.remove()  # What a test left here that was killed.
     start = time.monotonic()
     if os.environ.get("FEDSSL_BUILD") != "no":
         found.compose("build", seconds=3000)
@@ -125,8 +131,7 @@ def composed() -> Iterator[Composed]:
         print(found.compose("logs", "--tail=60"))
         raise
     finally:
-        found.compose("rm", "-fs", "run")  # It lives in the superlink's network, and podman lets nothing go that another one lives in.
-        found.compose("down", "-v", "--remove-orphans", seconds=300)
+        found.remove()
 
 
 def test_three_devices_record_train_and_recommend(composed: Composed):
