@@ -4,23 +4,11 @@ set -eu
 device=/var/lib/fedssl/device
 if [ ! -e $device/device.toml ]; then
   fedssl device init $device --user "$1"
-  cat > $device/device.toml <<POLICY
-user = $1
-
-[consent]
-train = true
-
-[allow]
-servers = ["demo"]
-most_epsilon = inf      # the demo's run has no privacy plan
-
-[gates]
-most_busy = 1.0
-rounds_a_day = 1000
-
-[agent]
-training_socket = "/run/fedssl/train.sock"
-POLICY
+  {
+    echo "user = $1"
+    cat /demo/device.toml
+    printf '\n[agent]\ntraining_socket = "/run/fedssl/train.sock"\n'
+  } > $device/device.toml
 fi
 [ -e $device/model ] || fedssl device import $device --model /model/device
 exec fedssl device run $device

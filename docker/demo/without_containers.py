@@ -24,19 +24,6 @@ from fedssl_simulations.federation import federation
 
 PEOPLE, SERVER = ("anna", "ben", "cleo"), "demo"
 HERE = Path(__file__).parent
-POLICY = """\
-user = {user}
-[consent]
-train = true
-[allow]
-servers = ["demo"]
-most_epsilon = inf      # the demo's run has no privacy plan
-[gates]
-charging = false
-unmetered = false
-most_busy = 1.0
-rounds_a_day = 1000
-"""
 SECONDS = 600.0
 """The longest that anything may take on a machine that is busy."""
 
@@ -76,7 +63,7 @@ def main(place: Path, stack: ExitStack) -> int:
     for number, name in enumerate(PEOPLE):
         folder = place / name
         make_device_folder(folder, user=number)
-        (folder / FILE).write_text(POLICY.format(user=number))
+        (folder / FILE).write_text(f"user = {number}\n{(HERE / 'device.toml').read_text()}")
         import_model(folder, place / "model" / "device")
         agents.start(name, [program("fedssl"), "device", "run", str(folder)])
         nodes.append({"agent-socket": str(training_socket(folder, read_policy(folder))), "server": SERVER})

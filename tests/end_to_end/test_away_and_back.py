@@ -27,6 +27,11 @@ from fedssl.config import DataConfig
 from fedssl.data.dataset import make_dataset
 from fedssl.data.synthetic import synthesize
 
+pytestmark = [
+    pytest.mark.skipif(os.environ.get("FEDSSL_FEDERATION") != "1", reason="minutes of Flower's processes on both cores: `make federation`"),
+    pytest.mark.timeout(900),
+]
+
 SECONDS = 300.0
 """The longest that anything may take on a machine that is busy."""
 HEARD = "Received successfully"
@@ -111,7 +116,6 @@ def trial(tmp_path: Path) -> Trial:
     return Trial(tmp_path, stores, tmp_path / "simulated")
 
 
-@pytest.mark.timeout(900)
 def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_was_halted_at_once_is_asked_for_again(
     trial: Trial, capsys: pytest.CaptureFixture[str]
 ):
@@ -154,8 +158,6 @@ def test_a_node_that_leaves_in_a_round_and_returns_is_counted_and_a_round_that_w
     assert found == wanted and sorted(found) == [2, 3] and found[3]["users"] == 12
 
 
-@pytest.mark.skipif(os.environ.get("FEDSSL_FEDERATION") != "1", reason="two minutes more of Flower's processes: `make federation`")
-@pytest.mark.timeout(900)
 def test_a_superlink_that_kept_its_state_in_memory_and_was_killed_loses_the_round_and_no_run(trial: Trial, capsys: pytest.CaptureFixture[str]):
     began, settings = time.monotonic(), '[superlink]\nstate = "memory"\n'
     with federation(trial.stores, None, environment={"OMP_NUM_THREADS": "1"}, settings=settings, start_seconds=SECONDS) as deployed:
