@@ -3,10 +3,14 @@
 A head is a number of rows and a keyed hash of them all: it says how often a device wrote something down, and nothing of what. A device that is told the
 server's holds its ledger against it before it trains; the server holds what comes back against what it knows. A device that lost its ledger
 joins as a new node, with a key of its own.
+
+Heads belong to a node's key where the server registered it: Flower gives a node another number when it is registered anew, as all are by a SuperLink
+that had its state in memory.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -14,28 +18,44 @@ from fedssl.disk import write_whole
 from fedssl.errors import RunFolderError, UploadRefused
 from fedssl.wire import LedgerHead
 
+NODE_KEYS = "node_keys.json"
+
+
+def note_key(folder: Path, node: str, public_key: Path) -> None:
+    """Remember the key under which Flower's ``node`` was registered. Raises DiskError."""
+    known = _keys(folder / NODE_KEYS)
+    known[node] = hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
+    write_whole(folder / NODE_KEYS, json.dumps(known))
+
 
 class LedgerHeads:
-    """The heads in ``path``, by Flower's number of the node. Raises RunFolderError where there is a file that cannot be read."""
+    """The heads in ``path``, by the key of the node, which ``node_keys.json`` beside it has; by Flower's number where it has none.
+
+    Raises RunFolderError where there is a file that cannot be read.
+    """
 
     def __init__(self, path: Path):
         self.path, self._is_new = path, False
+        self._keys = _keys(path.with_name(NODE_KEYS))
         try:
             stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            self._heads = {int(node): (int(rows), bytes.fromhex(chain)) for node, (rows, chain) in stored.items()}
+            self._heads = {str(node): (int(rows), bytes.fromhex(chain)) for node, (rows, chain) in stored.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(f"{path}: cannot be read ({error}); put it back, or remove it and trust every device's ledger as it comes next") from None
 
+    def _key(self, node: int) -> str:
+        return self._keys.get(str(node), str(node))
+
     def known(self, node: int) -> LedgerHead | None:
         """The newest head of a node; None where it never sent one."""
-        return self._heads.get(node)
+        return self._heads.get(self._key(node))
 
     def take(self, node: int, head: LedgerHead | None) -> None:
         """Know a head that came with an answer. Raises UploadRefused, of kind ledger, where it is older than the one before, or there is none any more.
 
         As many rows as before are right where the answer was kept and left again: then they are the same rows.
         """
-        before = self._heads.get(node)
+        before = self._heads.get(self._key(node))
         if before is not None:
             if head is None:
                 raise UploadRefused(
@@ -48,10 +68,18 @@ class LedgerHeads:
                     "ledger",
                 )
         if head is not None and head != before:
-            self._heads[node], self._is_new = head, True
+            self._heads[self._key(node)], self._is_new = head, True
 
     def save(self) -> None:
         """Write down what is new, whole and synced. Raises DiskError."""
         if self._is_new:
-            write_whole(self.path, json.dumps({str(node): [rows, chain.hex()] for node, (rows, chain) in sorted(self._heads.items())}))
+            write_whole(self.path, json.dumps({node: [rows, chain.hex()] for node, (rows, chain) in sorted(self._heads.items())}))
             self._is_new = False
+
+
+def _keys(path: Path) -> dict[str, str]:
+    """The key, as a hash, of each number that Flower ever gave. Raises RunFolderError."""
+    try:
+        return {str(node): str(key) for node, key in json.loads(path.read_text(encoding="utf-8")).items()} if path.exists() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RunFolderError(f"{path}: cannot be read ({error}); put it back, or remove it and trust every device's ledger as it comes next") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedssl.disk import write_whole
 from fedssl.errors import FedSSLError
+from fedssl_server.ledger_heads import note_key
 from fedssl_server.processes import Processes, flower_environment, listens, program
 from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSettings, node_keys, read_server
 
@@ -98,6 +99,7 @@ class Link:
         said = []
         for name in sorted(keys.keys() - known.keys()):
             known[name] = str(self.ask("supernode", "register", str(keys[name]), "--name", name)["node-id"])
+            note_key(self.folder, known[name], keys[name])
             said.append(f"node {name} may join")
             write_whole(path, json.dumps(known))
         for name in sorted(known.keys() - keys.keys()):
