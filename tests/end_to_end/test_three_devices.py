@@ -13,7 +13,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "docker" / "demo" / "without_containers.py"
 
 
-@pytest.mark.skipif("FEDSSL_FEDERATION" not in os.environ, reason="it takes minutes; `make federation` runs it")
+@pytest.mark.skipif("FEDSSL_FEDERATION" not in os.environ, reason="it takes minutes on both cores; `make federation` runs it")
 @pytest.mark.timeout(1200)
 def test_three_devices_record_train_and_recommend_without_containers(capsys: pytest.CaptureFixture[str]):
     command, environment = [sys.executable, "-u", str(SCRIPT)], {**os.environ, "OMP_NUM_THREADS": "1"}
