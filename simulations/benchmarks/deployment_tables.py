@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from typing import Any
 
@@ -75,16 +76,18 @@ def device() -> str:
     row = results.newest("device")
     if row is None:
         return ""
-    found = {name: f"{value:.0f}" if name.endswith("MB") else f"{value:.2g}" for name, value in row["measured"].items()}
+    alike = [one["measured"] for one in results.rows("device") if one["settings"] == row["settings"]]
+    found = {name: f"{statistics.median(one[name] for one in alike):.{0 if name.endswith('MB') else 2}f}" for name in row["measured"]}
+    answers = [one["recommend p50 ms"] for one in alike]
     parts = [
         f"start to first recommendation {found['start to first recommendation s']} s",
-        f"`Recommend` {found['recommend p50 ms']} ms, 99% below {found['recommend p99 ms']} ms",
-        f"`Record`, on the disk, {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
+        f"`Recommend` {found['recommend p50 ms']} ms ({min(answers):.1f} to {max(answers):.1f}), 99% below {found['recommend p99 ms']} ms",
+        f"`Record`, on the disk, and a step of the head {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
         f"agent idle {found['idle MB']} MB, after a training {found['after a training MB']} MB",
         f"the process that trains {found['training child MB']} MB for {found['training s']} s, and Flower's ClientApp beside it {found['ClientApp MB']} MB",
         f"a training ends {found['gate to the end of a training s']} s after a gate closes",
     ]
-    about = f"{row['items']:,} items, 1.82 million cells of counts, a history of {row['history']}; the agent asked over its socket"
+    about = f"{row['items']:,} items, 1.82 million cells of counts, a history of {row['history']}; asked over its socket; medians of {len(alike)} runs"
     return f"**A device** (`python simulations/benchmarks/device.py`; {about}): {'; '.join(parts)}.\n"
 
 
