@@ -81,7 +81,8 @@ def device() -> str:
     answers = [one["recommend p50 ms"] for one in alike]
     parts = [
         f"start to first recommendation {found['start to first recommendation s']} s",
-        f"`Recommend` {found['recommend p50 ms']} ms ({min(answers):.1f} to {max(answers):.1f}), 99% below {found['recommend p99 ms']} ms",
+        f"`Recommend` {found['recommend p50 ms']} ms ({min(answers):.1f} to {max(answers):.1f}), 99% below {found['recommend p99 ms']} ms "
+        f"(a call that asks for nothing: {found['bare call p50 ms']} ms)",
         f"`Record`, on the disk, and a step of the head {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
         f"agent idle {found['idle MB']} MB, after a training {found['after a training MB']} MB",
         f"the process that trains {found['training child MB']} MB for {found['training s']} s, and Flower's ClientApp beside it {found['ClientApp MB']} MB",

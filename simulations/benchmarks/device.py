@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import psutil
 import results
@@ -30,6 +31,7 @@ from fedssl_client.device_folder import app_socket, make_device_folder
 from fedssl_client.history import Event, HistoryStore
 from fedssl_client.policy import Retention
 from fedssl_simulations.run_files import read_run
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from fedssl.catalogue import Catalogue
 from fedssl.counts import from_cells
@@ -94,6 +96,18 @@ def timed(app: Connection, method: str, fields: list[dict[str, Any]]) -> tuple[f
     return float(np.median(found)), float(np.quantile(found, 0.99))
 
 
+def bare_call(folder: Path, calls: int) -> float:
+    """Median milliseconds of a call that asks for no work: gRPC's health, over the same socket. What the machine is worth at the moment."""
+    found = []
+    with grpc.insecure_channel(f"unix:{app_socket(folder)}") as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        for _ in range(calls):
+            began = time.perf_counter()
+            check(health_pb2.HealthCheckRequest())
+            found.append((time.perf_counter() - began) * 1e3)
+    return float(np.median(found))
+
+
 def megabytes(process: psutil.Process) -> float:
     return float(process.memory_info().rss / 1e6)
 
@@ -150,6 +164,7 @@ def measure(calls: int) -> dict[str, float]:
             with connect(f"unix:{app_socket(folder / 'd')}") as app:
                 timed(app, "Recommend", [{"k": 10}] * 20)
                 row["recommend p50 ms"], row["recommend p99 ms"] = timed(app, "Recommend", [{"k": 10}] * calls)
+                row["bare call p50 ms"] = bare_call(folder / "d", calls // 4)
                 steps = app.ask("Status").steps
                 row["record p50 ms"], row["record p99 ms"] = timed(app, "Record", [{"item": f"item-{1 + number % ITEMS}"} for number in range(calls // 4)])
                 row["steps a record"] = (app.ask("Status").steps - steps) / (calls // 4)
@@ -207,7 +222,7 @@ def main() -> None:
     for name, value in row.items():
         print(f"{name}: {value:.2f}" + (f" (wanted under {WANTED[name]})" if name in WANTED else ""), flush=True)
     if not arguments.dry:
-        settings = results.settings_hash([ITEMS, HISTORY, CELLS, arguments.calls, ADAPT])
+        settings = results.settings_hash([ITEMS, HISTORY, CELLS, arguments.calls, ADAPT, sorted(row)])
         measured = {name: round(value, 3) for name, value in row.items()}
         results.append("device", {"items": ITEMS, "history": HISTORY, "calls": arguments.calls, "measured": measured, "settings": settings})
 
