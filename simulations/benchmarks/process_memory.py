@@ -16,8 +16,7 @@ KINDS = {
     "flwr-clientapp": "ClientApp",
     "fedssl_client.device_trainer": "training process",
     "device run": "agent",
-    "--plugin-type serverapp": "SuperExec of the server",
-    "--plugin-type clientapp": "SuperExec of a node",
+    "flower-superexec": "SuperExec",
 }
 TRAINER = "training process"
 SECONDS = 0.5
