@@ -120,4 +120,5 @@ def _processes() -> str:
     found = []
     for kind, one in rows[-1]["megabytes"].items():
         found.append(f"{kind} {one['idle']:.0f} and {one['most']:.0f}" if "idle" in one else f"{kind} {one['most']:.0f}")
-    return f"\nResident MB of each process there, while nothing trains and at most (the same script): {'; '.join(found)}.\n"
+    about = "the same script; the ServerApp's is mostly the accountant's, for noise as small as there"
+    return f"\nResident MB of each process there, while nothing trains and at most ({about}): {'; '.join(found)}.\n"
