@@ -27,4 +27,5 @@ def status(url: str) -> int | str:
         return type(getattr(error, "reason", error)).__name__
 
 
-print(json.dumps({name: status(url) for name, url in (word.split("=", 1) for word in sys.argv[1:])}))
+if __name__ == "__main__":
+    print(json.dumps({name: status(url) for name, url in (word.split("=", 1) for word in sys.argv[1:])}))
