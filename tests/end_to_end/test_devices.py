@@ -50,6 +50,8 @@ from fedssl.wire import to_bytes, upload_from_bytes
 
 HOSTILE = Path(__file__).parent / "hostile_app"
 DEVICES = 3
+pytestmark = pytest.mark.skipif("FEDSSL_FEDERATION" not in os.environ, reason="they take minutes on both cores; `make federation` runs them")
+
 SECONDS = 900.0
 """The longest that a run may take on a machine that is busy."""
 
@@ -173,7 +175,6 @@ def fleet() -> Iterator[Fleet]:
         yield Fleet(deployed, place, folders, config, simulated, no_other_user)
 
 
-@pytest.mark.skipif("FEDSSL_FEDERATION" not in os.environ, reason="it takes minutes on both cores; `make federation` runs it")
 @pytest.mark.timeout(1800)
 def test_killed_halted_and_killed_again_a_run_on_devices_ends_with_the_bytes_and_charges_of_the_simulation(fleet: Fleet, capsys: pytest.CaptureFixture[str]):
     began = time.monotonic()
