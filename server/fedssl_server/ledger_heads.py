@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from fedssl.disk import write_whole
 from fedssl.errors import RunFolderError, UploadRefused
 from fedssl.wire import LedgerHead
 
 NODE_KEYS = "node_keys.json"
+Value = TypeVar("Value")
 
 
 def note_key(folder: Path, node: str, public_key: Path) -> None:
     """Remember the key under which Flower's ``node`` was registered. Raises DiskError."""
-    known = _keys(folder / NODE_KEYS)
+    known = _stored(folder / NODE_KEYS, str)
     known[node] = hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
     write_whole(folder / NODE_KEYS, json.dumps(known))
 
@@ -36,12 +39,8 @@ class LedgerHeads:
 
     def __init__(self, path: Path):
         self.path, self._is_new = path, False
-        self._keys = _keys(path.with_name(NODE_KEYS))
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            self._heads = {str(node): (int(rows), bytes.fromhex(chain)) for node, (rows, chain) in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise RunFolderError(f"{path}: cannot be read ({error}); put it back, or remove it and trust every device's ledger as it comes next") from None
+        self._keys = _stored(path.with_name(NODE_KEYS), str)
+        self._heads: dict[str, LedgerHead] = _stored(path, _head)
 
     def _key(self, node: int) -> str:
         return self._keys.get(str(node), str(node))
@@ -77,9 +76,15 @@ class LedgerHeads:
             self._is_new = False
 
 
-def _keys(path: Path) -> dict[str, str]:
-    """The key, as a hash, of each number that Flower ever gave. Raises RunFolderError."""
+def _head(stored: Any) -> LedgerHead:
+    rows, chain = stored
+    return int(rows), bytes.fromhex(chain)
+
+
+def _stored(path: Path, value: Callable[[Any], Value]) -> dict[str, Value]:
+    """A file's names and values; nothing where there is none. Raises RunFolderError where it cannot be read."""
     try:
-        return {str(node): str(key) for node, key in json.loads(path.read_text(encoding="utf-8")).items()} if path.exists() else {}
-    except (OSError, ValueError, AttributeError) as error:
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {str(name): value(one) for name, one in stored.items()}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: cannot be read ({error}); put it back, or remove it and trust every device's ledger as it comes next") from None
