@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,17 @@ LOG = logging.getLogger("fedssl.device")
 """What happens on the device, without anything that the person met, or when."""
 
 
+class _Answer(NamedTuple):
+    """Recommendations, and all that they were made from. Histories and heads are never changed but for others: they are compared by identity."""
+
+    made: tuple[int, int]
+    items: list[str]
+    head: NDArray[np.float32] | None
+    k: int
+    include_seen: bool
+    found: list[Recommendation]
+
+
 class NoModel(FedSSLError):
     """There is nothing to recommend with yet."""
 
@@ -61,6 +72,10 @@ class Agent:
         self._stored: NDArray[np.float32] | None = None
         self._begun = self._steps = self._failed_steps = 0
         self._stepping = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._ahead = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._answer_lock = threading.Lock()
+        self._answer: _Answer | None = None
+        self._asked: tuple[int, bool] | None = None
         self._made = _NO_MODEL
         with locked(folder):
             settle(folder / MODEL)  # Not while an import exchanges the names.
@@ -69,7 +84,8 @@ class Agent:
     def record(self, item: str, when: float | None, value: float | None) -> None:
         """Keep something the person met; on the disk when this returns. Raises DataError for what is no event, DiskError.
 
-        Under a recipe with `[head] adapt` the head takes a step from the newest event, for which this waits `LONGEST_STEP` at most.
+        Under a recipe with `[head] adapt` the head takes a step from the newest event, for which this waits `LONGEST_STEP` at most. Where
+        recommendations were asked for since the event before, the next ones are then made ahead.
         """
         begun = self._begun  # Before the event is there: else one that is forgotten next could still be learned from.
         before = self._history.record(item, now() if when is None else when, 1.0 if value is None else value, self.policy.retention)
@@ -77,15 +93,29 @@ class Agent:
             step = self._stepping.submit(self._step, before, item, begun)
             wait([step], LONGEST_STEP)
             step.cancel()  # Where it is still behind another one.
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            # A failure shows when they are asked for.
+            self._ahead.submit(self._recommended, *asked)
 
     def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
-        """The best items after the person's history. Raises NoModel."""
-        if self._model_on_disk() != self._made:
-            self.load_model()
-        recommender, head = self._recommender, self._head
-        if recommender is None:
-            raise NoModel("this device has no model yet; `fedssl device import --model DIR` brings one")
-        return recommender.recommend(self._history.items(), k=k or DEFAULT_K, exclude_seen=not include_seen, head_D=head)
+        """The best items after the person's history; at hand where nothing has changed since they were made. Raises NoModel."""
+        self._asked = k or DEFAULT_K, include_seen
+        return self._recommended(*self._asked)
+
+    def _recommended(self, k: int, include_seen: bool) -> list[Recommendation]:
+        with self._answer_lock:
+            if self._model_on_disk() != self._made:
+                self.load_model()
+            with self._model_lock:
+                recommender, head, made = self._recommender, self._head, self._made
+            if recommender is None:
+                raise NoModel("this device has no model yet; `fedssl device import --model DIR` brings one")
+            items, last = self._history.items(), self._answer
+            if last is None or last.items is not items or last.head is not head or (last.made, last.k, last.include_seen) != (made, k, include_seen):
+                found = recommender.recommend(items, k=k, exclude_seen=not include_seen, head_D=head)
+                last = self._answer = _Answer(made, items, head, k, include_seen, found)
+            return last.found
 
     def status(self) -> dict[str, Any]:
         """How the agent is, by the names of StatusReply."""
@@ -208,6 +238,7 @@ class Agent:
 
     def close(self) -> None:
         """End the training that runs, and close the history."""
+        self._ahead.shutdown(cancel_futures=True)
         with self._trainer.paused():
             self._history.close()
         self._stepping.shutdown()
@@ -278,6 +309,8 @@ class Agent:
     def _forget_learned(self) -> None:
         shutil.rmtree(self.folder / "heads", ignore_errors=True)
         self._begin_anew()
+        with self._answer_lock:
+            self._answer = None
         self._erase_outbox()
 
     def _erase_outbox(self) -> None:
