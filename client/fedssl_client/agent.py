@@ -8,7 +8,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from fedssl_client.store import locked
 from fedssl_client.training import Trainer, command_of
 
 DEFAULT_K = 10
-LONGEST_STEP = 0.005
+LONGEST_STEP = 0.002
 """Seconds that `record` waits for the head's step at most. A longer one goes on alone, and counts when it is done."""
 _NO_MODEL = (0, 0)
 
@@ -89,19 +89,25 @@ class Agent:
         """
         begun = self._begun  # Before the event is there: else one that is forgotten next could still be learned from.
         before = self._history.record(item, now() if when is None else when, 1.0 if value is None else value, self.policy.retention)
+        steps: list[Future[None]] = []
         if before and self._recommender is not None and self._recommender.recipe.head.adapt:
             step = self._stepping.submit(self._step, before, item, begun)
             wait([step], LONGEST_STEP)
             step.cancel()  # Where it is still behind another one.
+            steps.append(step)
         asked, self._asked = self._asked, None
         if asked is not None:
-            # A failure shows when they are asked for.
-            self._ahead.submit(self._recommended, *asked)
+            self._ahead.submit(self._make_ahead, steps, *asked)
 
     def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
         """The best items after the person's history; at hand where nothing has changed since they were made. Raises NoModel."""
         self._asked = k or DEFAULT_K, include_seen
         return self._recommended(*self._asked)
+
+    def _make_ahead(self, steps: list[Future[None]], k: int, include_seen: bool) -> None:
+        """Recommendations for who asks next, after these steps. What fails does so again when they are asked for, and is told then."""
+        wait(steps)
+        self._recommended(k, include_seen)
 
     def _recommended(self, k: int, include_seen: bool) -> list[Recommendation]:
         with self._answer_lock:

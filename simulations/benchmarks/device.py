@@ -50,6 +50,7 @@ PAUSE = 0.01
 """Seconds from an event to what is asked soon after it."""
 WANTED = {
     "idle MB": 120,
+    "recommend again p50 ms": 2,
     "recommend soon p50 ms": 2,
     "recommend soon p99 ms": 10,
     "record p99 ms": 10,
@@ -118,12 +119,17 @@ def middle_and_worst(name: str, found: list[float]) -> dict[str, float]:
     return {f"{name} p50 ms": float(np.median(found)), f"{name} p99 ms": float(np.quantile(found, 0.99))}
 
 
-def bare_call(folder: Path, calls: int) -> float:
-    """Median milliseconds of a call that asks for no work: gRPC's health, over the same socket. What the machine is worth at the moment."""
+def bare_call(folder: Path, calls: int, pause: float) -> float:
+    """Median milliseconds of a call that asks for no work, ``pause`` seconds after another: gRPC's health, over the same socket.
+
+    What the machine is worth at the moment, and how long it takes to wake up.
+    """
     found = []
     with grpc.insecure_channel(f"unix:{app_socket(folder)}") as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         for _ in range(calls):
+            if pause:
+                time.sleep(pause)
             began = time.perf_counter()
             check(health_pb2.HealthCheckRequest())
             found.append((time.perf_counter() - began) * 1e3)
@@ -192,7 +198,7 @@ def measure(calls: int) -> dict[str, float]:
                 again = [asked(app, "Recommend", {"k": 10}) for _ in range(calls)]
                 row |= middle_and_worst("recommend soon", soon) | middle_and_worst("recommend at once", at_once) | middle_and_worst("recommend again", again)
                 row |= middle_and_worst("record", recorded)
-                row["bare call p50 ms"] = bare_call(folder / "d", calls)
+                row["bare call p50 ms"], row["bare call soon p50 ms"] = (bare_call(folder / "d", calls, pause) for pause in (0.0, PAUSE))
             row["after these calls MB"] = megabytes(agent)
             row |= trained(folder / "d", recipe, agent)
             row["after a training MB"] = megabytes(agent)
