@@ -24,11 +24,19 @@ NODE_KEYS = "node_keys.json"
 Value = TypeVar("Value")
 
 
+def noted_keys(folder: Path) -> dict[str, str]:
+    """The key under which each node was registered, as `digest` has it, by Flower's number. Raises RunFolderError where the file cannot be read."""
+    return _stored(folder / NODE_KEYS, str)
+
+
 def note_key(folder: Path, node: str, public_key: Path) -> None:
-    """Remember the key under which Flower's ``node`` was registered. Raises DiskError."""
-    known = _stored(folder / NODE_KEYS, str)
-    known[node] = hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
-    write_whole(folder / NODE_KEYS, json.dumps(known))
+    """Remember the key under which Flower's ``node`` was registered. Raises DiskError, and RunFolderError as `noted_keys`."""
+    write_whole(folder / NODE_KEYS, json.dumps({**noted_keys(folder), node: digest(public_key)}))
+
+
+def digest(public_key: Path) -> str:
+    """SHA-256 of a public key in OpenSSH's form, whatever its comment says."""
+    return hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
 
 
 class LedgerHeads:
@@ -39,7 +47,7 @@ class LedgerHeads:
 
     def __init__(self, path: Path):
         self.path, self._is_new = path, False
-        self._keys = _stored(path.with_name(NODE_KEYS), str)
+        self._keys = noted_keys(path.parent)
         self._heads: dict[str, LedgerHead] = _stored(path, _head)
 
     def _key(self, node: int) -> str:

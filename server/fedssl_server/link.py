@@ -15,13 +15,15 @@ from pathlib import Path
 
 from fedssl.disk import write_whole
 from fedssl.errors import FedSSLError
-from fedssl_server.ledger_heads import note_key
+from fedssl_server.ledger_heads import digest, note_key, noted_keys
 from fedssl_server.processes import Processes, flower_environment, listens, program
 from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSettings, node_keys, read_server
 
 FLOWER_APP = Path(__file__).parent / "flower_app"
 """All that `flwr run` packs and sends; it ships inside the package."""
 REGISTERED = "registered.json"
+KEY_IS_KNOWN = "Public key already in use"
+"""Flower's words for it."""
 ASK_SECONDS = 120.0
 """How long the SuperLink may take to answer."""
 
@@ -92,13 +94,16 @@ class Link:
     def let_join(self) -> list[str]:
         """Register the nodes whose keys are in the folder and unregister those whose keys are gone; what changed, in words.
 
-        Raises FedSSLError where the SuperLink does not take a key.
+        Raises FedSSLError where the SuperLink does not take a key, RunFolderError, before it is asked, where the keys of before cannot be read.
         """
         path, keys = self.folder / REGISTERED, node_keys(self.folder, self.settings)
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        known = self._registered()
         said = []
         for name in sorted(keys.keys() - known.keys()):
-            known[name] = str(self.ask("supernode", "register", str(keys[name]), "--name", name)["node-id"])
+            noted = noted_keys(self.folder)
+            if digest(keys[name]) in {noted.get(number) for number in known.values()}:
+                raise FedSSLError(f"{keys[name]}: another node's key; give this node one of its own")
+            known[name] = self._number_of(name, keys[name], known)
             note_key(self.folder, known[name], keys[name])
             said.append(f"node {name} may join")
             write_whole(path, json.dumps(known))
@@ -107,6 +112,25 @@ class Link:
             said.append(f"node {name} may join no longer")
             write_whole(path, json.dumps(known))
         return said
+
+    def _number_of(self, name: str, key: Path, known: dict[str, str]) -> str:
+        """Flower's number of a node: registered now, or by a server that was killed before it had noted it."""
+        try:
+            return str(self.ask("supernode", "register", str(key), "--name", name)["node-id"])
+        except FedSSLError as error:
+            others = sorted(self._status_of_nodes().keys() - set(known.values())) if KEY_IS_KNOWN in str(error) else []
+            if len(others) == 1:
+                return others[0]
+            if others:
+                which = f"one of {', '.join(others)}"
+                raise FedSSLError(f"{key}: registered already, as {which}, which this folder does not know; end it with `flwr supernode unregister`") from None
+            raise
+
+    def _registered(self) -> dict[str, str]:
+        """Flower's numbers of the nodes that were registered, by name."""
+        path = self.folder / REGISTERED
+        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        return known
 
     def submit(self, app: Path = FLOWER_APP) -> str:
         """Submit the app; Flower's number of the run. Raises FedSSLError where it is refused."""
@@ -159,11 +183,13 @@ class Link:
 
     def nodes(self) -> dict[str, str]:
         """Flower's status of each node that may join, by name. Raises FedSSLError where the SuperLink cannot be asked."""
-        path = self.folder / REGISTERED
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+        status = self._status_of_nodes()
+        return {name: status.get(number, "unknown") for name, number in self._registered().items()}
+
+    def _status_of_nodes(self) -> dict[str, str]:
+        """Flower's status of each node that may join, by Flower's number."""
         listed = self.ask("supernode", "list").get("nodes")
-        status = {str(node["node-id"]): str(node["status"]) for node in listed} if isinstance(listed, list) else {}
-        return {name: status.get(number, "unknown") for name, number in known.items()}
+        return {str(node["node-id"]): str(node["status"]) for node in listed if node["status"] != "unregistered"} if isinstance(listed, list) else {}
 
     def stop(self, number: str) -> None:
         """End a run at once. Raises FedSSLError where it is over already."""

@@ -1,4 +1,4 @@
-"""Asking a SuperLink that does not answer."""
+"""A SuperLink that does not answer, that starts anew, and who it lets in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from fedssl_server import link as link_module
+from fedssl_server.ledger_heads import digest, noted_keys
 from fedssl_server.link import Link
 from fedssl_server.processes import Processes
 from fedssl_server.server_folder import make_server_folder
 
-from fedssl.errors import FedSSLError
+from fedssl.errors import FedSSLError, RunFolderError
 
 
 def test_a_superlink_that_does_not_answer_is_an_error_that_a_run_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -49,3 +50,76 @@ def test_a_superlink_that_keeps_its_state_in_memory_knows_nobody_when_it_starts(
     processes = NothingStarts(tmp_path / "server" / "logs")
     Link(tmp_path / "server").start(processes)
     assert registered.exists() == ("--database" in processes.commands[0]) == (state == "disk")
+
+
+class Flower:
+    """Stands for Flower's commands: registers each key once, under a number of its own."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, str] = {}
+        self.is_killed = False
+
+    def __call__(self, *words: str) -> dict[str, object]:
+        if words[1] == "list":
+            listed = [{"node-id": number, "status": "online"} for number in self.numbers.values()]
+            return {"nodes": [*listed, {"node-id": "5", "status": "unregistered"}]}
+        if words[1] == "unregister":
+            self.numbers = {key: number for key, number in self.numbers.items() if number != words[2]}
+            return {}
+        key = Path(words[2]).read_text()
+        if key in self.numbers:
+            raise FedSSLError("`flwr supernode register`: [code: 23] Public key already in use.")
+        self.numbers[key] = str(100 + len(self.numbers))
+        if self.is_killed:
+            raise KeyboardInterrupt
+        return {"node-id": self.numbers[key]}
+
+
+@pytest.fixture
+def link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Link:
+    make_server_folder(tmp_path / "server", nodes=["anna", "ben"])
+    link = Link(tmp_path / "server")
+    monkeypatch.setattr(link, "ask", Flower())
+    return link
+
+
+def flower_of(link: Link) -> Flower:
+    assert isinstance(link.ask, Flower)
+    return link.ask
+
+
+def test_a_node_that_was_registered_when_the_server_was_killed_joins_under_that_number(link: Link):
+    flower = flower_of(link)
+    flower.is_killed = True
+    with pytest.raises(KeyboardInterrupt):
+        link.let_join()
+    flower.is_killed = False
+    assert link.let_join() == ["node anna may join", "node ben may join"]
+    assert link.nodes() == {"anna": "online", "ben": "online"} and len(flower.numbers) == 2
+    assert noted_keys(link.folder) == {flower.numbers[path.read_text()]: digest(path) for path in (link.folder / "nodes").glob("*.pub")}
+    assert link.let_join() == []
+
+
+def test_a_key_that_is_registered_under_one_of_several_unknown_numbers_is_told(link: Link):
+    flower = flower_of(link)
+    flower.numbers = {(link.folder / "nodes" / "anna.pub").read_text(): "7", "by hand": "8"}
+    with pytest.raises(
+        FedSSLError, match=r"anna.pub: registered already, as one of 7, 8, which this folder does not know; end it with `flwr supernode unregister`"
+    ):
+        link.let_join()
+
+
+def test_two_nodes_with_one_key_are_told_and_do_not_become_one(link: Link):
+    nodes = link.folder / "nodes"
+    (nodes / "ben.pub").write_text((nodes / "anna.pub").read_text())
+    flower_of(link).numbers["by hand"] = "8"
+    with pytest.raises(FedSSLError, match=r"ben.pub: another node's key; give this node one of its own"):
+        link.let_join()
+    assert link.nodes() == {"anna": "online"}
+
+
+def test_nobody_is_registered_where_the_keys_of_before_cannot_be_read(link: Link):
+    (link.folder / "node_keys.json").write_text("[")
+    with pytest.raises(RunFolderError, match=r"node_keys.json: cannot be read"):
+        link.let_join()
+    assert flower_of(link).numbers == {}
