@@ -8,9 +8,11 @@ test differs, and the mean of 1 / rank over the tenth of users who are served wo
 
 from __future__ import annotations
 
+from typing import Any
+
 import results
 from fedssl_simulations.run_files import read_run
-from paired import arguments_of, data_of, gain, ndcg, ranks_of, row_of, said, worst_tenth
+from paired import arguments_of, arm_of, data_of, gain, ndcg, ranks_of, said, worst_tenth
 
 from fedssl.config import HeadConfig
 
@@ -28,13 +30,16 @@ def main() -> None:
     arms = {}
     for name, head in {NONE: HeadConfig(), **HEADS}.items():
         if name == NONE or not arguments.only or name in arguments.only:
-            arms[name] = [row_of(name, preset, config.model_copy(update={"head": head}), dataset, arguments.runs) for config in configs]
-    for name, rows in arms.items():
+            arms[name] = arm_of(name, preset, [config.model_copy(update={"head": head}) for config in configs], dataset, arguments)
+    for name, (rates, rows) in arms.items():
         if name == NONE:
             continue
-        before, after = ranks_of(arms[NONE]), ranks_of(rows)
+        before, after = ranks_of(arms[NONE][1]), ranks_of(rows)
         gains = {"NDCG@10": gain(ndcg, before, after), "worst tenth, mean of 1 / rank": gain(worst_tenth, before, after)}
-        about = {"preset": preset, "name": name, "seeds": arguments.seed, "runs": [row["settings"] for row in (*arms[NONE], *rows)]}
+        runs = [row["settings"] for row in (*arms[NONE][1], *rows)]
+        about: dict[str, Any] = {"preset": preset, "name": name, "seeds": arguments.seed, "runs": runs}
+        if rates is not None:
+            about["rates"] = [arms[NONE][0], rates]
         if results.newest("head_gains", **about) is None:
             results.append("head_gains", {**about, "gains": gains})
         for what, one in gains.items():

@@ -102,11 +102,11 @@ def parts_that_help() -> str:
     lines = []
     rounds = {row["settings"]: row["rounds"] for row in results.rows("paired_runs")}
     for file, beside in (("task_gains", "next item"), ("head_gains", "no head")):
-        newest = {(row["preset"], rounds[row["runs"][0]], row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
-        for (preset, number, name), row in sorted(newest.items(), key=lambda one: one[0][:2]):
+        newest = {(row["preset"], rounds[row["runs"][0]], rates_tried(row), row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
+        for (preset, number, rates, name), row in sorted(newest.items(), key=lambda one: one[0][:3]):
             for what, one in row["gains"].items():
                 what = f"NDCG@10, {what}" if file == "task_gains" else what
-                lines.append(f"| {name}, against {beside} | {preset}, {number} rounds | {what} | {_gain(one)} |")
+                lines.append(f"| {name}, against {beside} | {preset}, {number} rounds{rates} | {what} | {_gain(one)} |")
     row = results.newest("adaptation", name="user vector")
     if row is not None:
         name = f"user vector with a step at each event, against without (`adapt = {row['rate']:g}`)"
@@ -116,6 +116,14 @@ def parts_that_help() -> str:
     head = "| with | preset | `unseen` of the test | without | with | gain (95 % over users) | seeds |\n|---|---|---|---|---|---|---|\n"
     about = "runs with and without, compared user by user over three seeds (`python simulations/benchmarks/tasks.py`, `heads.py`, `adaptation.py`)"
     return f"**Tasks and heads** ([docs/tasks.md](docs/tasks.md)): {about}.\n\n{head}" + "\n".join(lines) + "\n"
+
+
+def rates_tried(row: Mapping[str, Any]) -> str:
+    """The learning rates at which two arms are compared, each arm's best of as many; nothing where none were tried."""
+    before, after = row.get("rates", (None, None))
+    if before is None or after is None:
+        return ""
+    return f", best of {len(before['validated'])} learning rates each ({before['best']:g} without, {after['best']:g} with)"
 
 
 def _gain(one: Mapping[str, Any]) -> str:

@@ -40,6 +40,7 @@ def arguments_of(about: str | None, *, one: str) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     parser.add_argument("--only", action="append", default=[], help=f"{one}; may be repeated")
+    parser.add_argument("--lr", type=float, nargs="+", default=[], help="learning rates that every arm tries; its best on the validation event counts")
     parser.add_argument("--newest", type=int, default=0, help="keep so many newest events of each user, the two held out among them; 0: all")
     parser.add_argument("--runs", type=Path, help="folder in which runs are kept, and go on where they were stopped")
     return parser.parse_args()
@@ -87,6 +88,22 @@ def row_of(name: str, preset: str, config: RunConfig, dataset: Dataset, runs: Pa
     validation, test_too = (row[split]["unseen"]["ndcg@10"] for split in ("validation", "test"))
     print(f"{preset}, {name}, seed {row['seed']}: unseen, validation {validation:.4f}, test {test_too:.4f}; {row['cpu_seconds']:.0f} s of CPU", flush=True)
     return row
+
+
+def arm_of(
+    name: str, preset: str, configs: list[RunConfig], dataset: Dataset, arguments: argparse.Namespace
+) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """An arm's rows, one a seed, at the rate of ``--lr`` that validates best over the seeds; and what was tried, None where nothing was."""
+    if not arguments.lr:
+        return None, [row_of(name, preset, config, dataset, arguments.runs) for config in configs]
+    tried = {}
+    for rate in arguments.lr:
+        print(f"learning rate {rate:g}")
+        with_rate = [config.model_copy(update={"server": config.server.model_copy(update={"lr": rate})}) for config in configs]
+        tried[rate] = [row_of(name, preset, config, dataset, arguments.runs) for config in with_rate]
+    validated = {rate: float(np.mean([row["validation"]["unseen"]["ndcg@10"] for row in rows])) for rate, rows in tried.items()}
+    best = max(validated, key=lambda rate: validated[rate])
+    return {"best": best, "validated": {f"{rate:g}": value for rate, value in validated.items()}}, tried[best]
 
 
 def ranks_of(rows: list[dict[str, Any]]) -> Floats:

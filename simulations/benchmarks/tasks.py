@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import results
 from fedssl_simulations.run_files import read_run
-from paired import arguments_of, data_of, gain, ndcg, ranks_of, row_of, said
+from paired import arguments_of, arm_of, data_of, gain, ndcg, ranks_of, said
 from quality import with_previous_item
 
 from fedssl.config import RunConfig, TaskConfig
@@ -33,14 +33,14 @@ BESIDE = {
 def main() -> None:
     arguments = arguments_of(__doc__, one="this arm beside next item alone")
     preset, dataset = data_of(arguments)
-    arms: dict[str, list[dict[str, Any]]] = {}
+    arms: dict[str, tuple[dict[str, Any] | None, list[dict[str, Any]]]] = {}
     for name in (ALONE, LONGER, PREVIOUS, *BESIDE):
         if name == ALONE or not arguments.only or name in arguments.only:
             configs = [read_run(arguments.preset, arguments.overrides, seed=seed) for seed in arguments.seed]
-            arms[name] = [row_of(name, preset, arm(name, config), dataset, arguments.runs) for config in configs]
-    for name, rows in arms.items():
+            arms[name] = arm_of(name, preset, [arm(name, config) for config in configs], dataset, arguments)
+    for name, (rates, rows) in arms.items():
         if name != ALONE:
-            compare(preset, name, arms[ALONE], rows, dataset)
+            compare(preset, name, arms[ALONE][1], rows, dataset, [arms[ALONE][0], rates])
 
 
 def arm(name: str, config: RunConfig) -> RunConfig:
@@ -56,8 +56,8 @@ def arm(name: str, config: RunConfig) -> RunConfig:
     return config.model_copy(update={"server": server, "task": task})
 
 
-def compare(preset: str, name: str, before: list[dict[str, Any]], after: list[dict[str, Any]], dataset: Dataset) -> None:
-    """Append and print what an arm is worth."""
+def compare(preset: str, name: str, before: list[dict[str, Any]], after: list[dict[str, Any]], dataset: Dataset, rates: list[dict[str, Any] | None]) -> None:
+    """Append and print what an arm is worth. ``rates``: what each of the two tried; None where nothing was."""
     ranks = ranks_of(before), ranks_of(after)
     users = np.arange(dataset.histories.num_users) if before[0]["users"] is None else np.array(before[0]["users"])
     is_short = dataset.histories.training_lengths[users] < SHORT_HISTORY
@@ -66,7 +66,9 @@ def compare(preset: str, name: str, before: list[dict[str, Any]], after: list[di
         found[f"fewer than {SHORT_HISTORY} events"] = gain(ndcg, *(each[:, is_short] for each in ranks))
     wanted = [0.95 * row["validation"]["unseen"]["ndcg@10"] for row in before]
     rounds = [[reached(row, goal) for row, goal in zip(rows, wanted, strict=True)] for rows in (before, after)]
-    about = {"preset": preset, "name": name, "seeds": [row["seed"] for row in before], "runs": [row["settings"] for row in (*before, *after)]}
+    about: dict[str, Any] = {"preset": preset, "name": name, "seeds": [row["seed"] for row in before], "runs": [row["settings"] for row in (*before, *after)]}
+    if rates[0] is not None:
+        about["rates"] = rates
     if results.newest("task_gains", **about) is None:
         results.append("task_gains", {**about, "gains": found, "rounds_to_95": rounds})
     for who, one in found.items():
