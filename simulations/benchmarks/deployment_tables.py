@@ -83,7 +83,8 @@ def device() -> str:
         f"start to first recommendation {found['start to first recommendation s']} s",
         f"`Recommend` soon after a new event {found['recommend soon p50 ms']} ms ({min(answers):.1f} to {max(answers):.1f}), 99% below "
         f"{found['recommend soon p99 ms']} ms, at once after one {found['recommend at once p50 ms']} ms, with nothing new "
-        f"{found['recommend again p50 ms']} ms (a call that asks for nothing: {found['bare call p50 ms']} ms)",
+        f"{found['recommend again p50 ms']} ms (a call that asks for nothing: {found['bare call soon p50 ms']} ms soon after another call, "
+        f"{found['bare call p50 ms']} ms at once)",
         f"`Record`, on the disk, and a step of the head {found['record p50 ms']} ms, 99% below {found['record p99 ms']} ms",
         f"agent idle {found['idle MB']} MB, after a training {found['after a training MB']} MB",
         f"the process that trains {found['training child MB']} MB for {found['training s']} s, and Flower's ClientApp beside it {found['ClientApp MB']} MB",
