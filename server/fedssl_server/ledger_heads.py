@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedssl.disk import write_whole
-from fedssl.errors import RunFolderError, UploadRefused
+from fedssl.errors import ConfigError, RunFolderError, UploadRefused
 from fedssl.wire import LedgerHead
 
 NODE_KEYS = "node_keys.json"
@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 def noted_keys(folder: Path) -> dict[str, str]:
     """The key under which each node was registered, as `digest` has it, by Flower's number. Raises RunFolderError where the file cannot be read."""
-    return _stored(folder / NODE_KEYS, str)
+    return read_names(folder / NODE_KEYS, str, "put it back, or remove it: it is made anew from the nodes' keys")
 
 
 def note_key(folder: Path, node: str, public_key: Path) -> None:
@@ -35,8 +35,11 @@ def note_key(folder: Path, node: str, public_key: Path) -> None:
 
 
 def digest(public_key: Path) -> str:
-    """SHA-256 of a public key in OpenSSH's form, whatever its comment says."""
-    return hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
+    """SHA-256 of a public key in OpenSSH's form, whatever its comment says. Raises ConfigError where the file cannot be read."""
+    try:
+        return hashlib.sha256(b" ".join(public_key.read_bytes().split()[:2])).hexdigest()
+    except OSError as error:
+        raise ConfigError(f"{public_key}: cannot be read as a node's public key ({error}); put it there again, or remove it") from None
 
 
 class LedgerHeads:
@@ -48,7 +51,7 @@ class LedgerHeads:
     def __init__(self, path: Path):
         self.path, self._is_new = path, False
         self._keys = noted_keys(path.parent)
-        self._heads: dict[str, LedgerHead] = _stored(path, _head)
+        self._heads: dict[str, LedgerHead] = read_names(path, _head, "put it back, or remove it and trust every device's ledger as it comes next")
 
     def _key(self, node: int) -> str:
         return self._keys.get(str(node), str(node))
@@ -89,10 +92,10 @@ def _head(stored: Any) -> LedgerHead:
     return int(rows), bytes.fromhex(chain)
 
 
-def _stored(path: Path, value: Callable[[Any], Value]) -> dict[str, Value]:
-    """A file's names and values; nothing where there is none. Raises RunFolderError where it cannot be read."""
+def read_names(path: Path, value: Callable[[Any], Value], advice: str) -> dict[str, Value]:
+    """A file's names and values; nothing where there is none. Raises RunFolderError, with ``advice``, where it cannot be read."""
     try:
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         return {str(name): value(one) for name, one in stored.items()}
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise RunFolderError(f"{path}: cannot be read ({error}); put it back, or remove it and trust every device's ledger as it comes next") from None
+        raise RunFolderError(f"{path}: cannot be read ({error}); {advice}") from None

@@ -9,13 +9,17 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from fedssl.disk import write_whole
-from fedssl.errors import FedSSLError
-from fedssl_server.ledger_heads import digest, note_key, noted_keys
+from fedssl.errors import ConfigError, FedSSLError
+from fedssl_server.ledger_heads import digest, note_key, noted_keys, read_names
 from fedssl_server.processes import Processes, flower_environment, listens, program
 from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSettings, node_keys, read_server
 
@@ -24,6 +28,7 @@ FLOWER_APP = Path(__file__).parent / "flower_app"
 REGISTERED = "registered.json"
 KEY_IS_KNOWN = "Public key already in use"
 """Flower's words for it."""
+MAKE_KEY = "ssh-keygen -t ecdsa -b 384 -N ''"
 ASK_SECONDS = 120.0
 """How long the SuperLink may take to answer."""
 
@@ -70,7 +75,7 @@ class Link:
         return Processes(self.folder / LOGS, self.environment)
 
     def start(self, processes: Processes, seconds: float = 300.0) -> None:
-        """Start the SuperLink, wait until it listens, and let the nodes join. Raises FedSSLError where it does not come up."""
+        """Start the SuperLink, and wait until it listens. Raises FedSSLError where it does not come up."""
         tls, listen = self.settings.tls, self.settings.listen
         if listens(listen.name, listen.port):
             raise FedSSLError(f"{self.address}: something listens there already; end it, or change [listen] port in server.toml")
@@ -91,46 +96,59 @@ class Link:
         command = [program("flower-superexec"), *guards, "--parent-pid", str(os.getpid()), "--runtime-api-address", self.address]
         processes.start("superexec", command, extra)
 
-    def let_join(self) -> list[str]:
-        """Register the nodes whose keys are in the folder and unregister those whose keys are gone; what changed, in words.
+    def let_join(self) -> Iterator[str]:
+        """Unregister the nodes whose keys are gone or others, and register those whose keys are new; what changed, or was refused, in words as it happens.
 
-        Raises FedSSLError where the SuperLink does not take a key, RunFolderError, before it is asked, where the keys of before cannot be read.
+        What is wrong with one node's key keeps no other out. Raises FedSSLError where the SuperLink does not answer, RunFolderError, before
+        it is asked, where the nodes of before cannot be read.
         """
         path, keys = self.folder / REGISTERED, node_keys(self.folder, self.settings)
-        known = self._registered()
-        said = []
-        for name in sorted(keys.keys() - known.keys()):
-            noted = noted_keys(self.folder)
-            if digest(keys[name]) in {noted.get(number) for number in known.values()}:
-                raise FedSSLError(f"{keys[name]}: another node's key; give this node one of its own")
-            known[name] = self._number_of(name, keys[name], known)
-            note_key(self.folder, known[name], keys[name])
-            said.append(f"node {name} may join")
-            write_whole(path, json.dumps(known))
-        for name in sorted(known.keys() - keys.keys()):
+        known, noted = self._registered(), noted_keys(self.folder)
+        digests: dict[str, str] = {}
+        for name, key in keys.items():
+            try:
+                digests[name] = digest(key)
+            except ConfigError as error:
+                yield f"error: {error}"
+        # Where it was never noted, or cannot be read now, it counts as the key that was registered.
+        replaced = {name for name, number in known.items() if noted.get(number, digests.get(name)) != digests.get(name, noted.get(number))}
+        for name in sorted(replaced | (known.keys() - keys.keys())):
             self.ask("supernode", "unregister", known.pop(name))
-            said.append(f"node {name} may join no longer")
             write_whole(path, json.dumps(known))
-        return said
+            yield f"node {name} may join no longer" + (" with the key of before" if name in keys else "")
+        for name in sorted(digests):
+            if name in known and known[name] not in noted:
+                note_key(self.folder, known[name], keys[name])
+            elif name not in known:
+                shared = [other for other in known if digests.get(other) == digests[name]]
+                try:
+                    if shared:
+                        raise ConfigError(f"{keys[name]}: the key of node {shared[0]}; let this node make its own: `{MAKE_KEY}`")
+                    known[name] = self._register(name, keys[name], known)
+                except ConfigError as error:
+                    yield f"error: {error}"
+                    continue
+                note_key(self.folder, known[name], keys[name])
+                write_whole(path, json.dumps(known))
+                yield f"node {name} may join"
 
-    def _number_of(self, name: str, key: Path, known: dict[str, str]) -> str:
-        """Flower's number of a node: registered now, or by a server that was killed before it had noted it."""
+    def _register(self, name: str, key: Path, known: dict[str, str]) -> str:
+        """Flower's number of a node: registered now, or by a server that was killed before it had noted it. Raises ConfigError for what is no new key."""
+        _check_key(key)
         try:
             return str(self.ask("supernode", "register", str(key), "--name", name)["node-id"])
         except FedSSLError as error:
-            others = sorted(self._status_of_nodes().keys() - set(known.values())) if KEY_IS_KNOWN in str(error) else []
-            if len(others) == 1:
-                return others[0]
-            if others:
-                which = f"one of {', '.join(others)}"
-                raise FedSSLError(f"{key}: registered already, as {which}, which this folder does not know; end it with `flwr supernode unregister`") from None
+            if KEY_IS_KNOWN in str(error):
+                others = sorted(self._status_of_nodes().keys() - set(known.values()))
+                if len(others) == 1:
+                    return others[0]
+                which = f"its number is one of {', '.join(others)}; end it with `FLWR_HOME={self.folder / 'flwr'} flwr supernode unregister NUMBER`"
+                raise ConfigError(f"{key}: registered already, by another hand than ours: {which}") from None
             raise
 
     def _registered(self) -> dict[str, str]:
-        """Flower's numbers of the nodes that were registered, by name."""
-        path = self.folder / REGISTERED
-        known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
-        return known
+        """Flower's numbers of the nodes that were registered, by name. Raises RunFolderError where the file cannot be read."""
+        return read_names(self.folder / REGISTERED, str, "put it back, or remove it: it is made anew, where Flower knows no other nodes")
 
     def submit(self, app: Path = FLOWER_APP) -> str:
         """Submit the app; Flower's number of the run. Raises FedSSLError where it is refused."""
@@ -210,3 +228,13 @@ class Link:
         if not isinstance(answer, dict) or answer.get("success") is False:
             raise FedSSLError(f"`flwr {' '.join(words)}` ended with {done.returncode}: {answer or said}; logs are in {self.folder / LOGS}")
         return answer
+
+
+def _check_key(path: Path) -> None:
+    """Raises ConfigError for a file that is no public key as Flower's nodes have them."""
+    try:
+        found = serialization.load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path}: cannot be read as a public key ({error}); wanted the .pub of `{MAKE_KEY}`") from None
+    if not isinstance(found, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{path}: a key of another kind than Flower takes; wanted the .pub of `{MAKE_KEY}`")

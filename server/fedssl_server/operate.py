@@ -40,6 +40,7 @@ def keep_up(link: Link, say: Callable[[str], None]) -> None:
             link.start(processes)
             say(f"listening on {link.address}")
             pause, began, keys = 1.0, time.monotonic(), 0.0
+            heard: set[str] = set()
             while True:
                 if processes.running["superlink"].poll() is not None:
                     say(f"the SuperLink ended with {processes.running['superlink'].returncode}; its log: {processes.logs / 'superlink.log'}")
@@ -53,10 +54,13 @@ def keep_up(link: Link, say: Callable[[str], None]) -> None:
                         continue
                     say("the SuperLink is up again")
                 if time.monotonic() - keys > KEYS_SECONDS:
+                    told, heard = heard, set()
                     try:
                         for line in link.let_join():
-                            say(line)
-                    except FedSSLError as error:  # A file that is no key, or the SuperLink has just ended: nobody else waits for that.
+                            heard.add(line)
+                            if line not in told:  # What is wrong with a key is wrong at every look.
+                                say(line)
+                    except FedSSLError as error:  # Such as a SuperLink that has just ended.
                         say(f"error: {error}")
                     keys = time.monotonic()
                 time.sleep(0.5)
