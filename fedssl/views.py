@@ -61,17 +61,16 @@ def any_of(windows: Rows, keep: float, *, columns: Uniform, where: Uniform, choi
     return np.where(chosen == 0, cropped, np.where(chosen == 1, masked, reordered))
 
 
-def hide(windows: Rows, keep: float, *, columns: Uniform, coin: Uniform) -> NDArray[np.bool_]:
-    """Which events a cloze hides: each with chance ``1 - keep``; the newest alone where ``coin`` (...,) is below 1/2.
+def hide(windows: Rows, keep: float, *, columns: Uniform) -> NDArray[np.bool_]:
+    """Which events a cloze hides: the newest, and each other with chance ``1 - keep``. ``columns``: (..., L).
 
-    At least one event is hidden and one is not: where chance hid none or all, the newest is hidden alone. Of fewer than two events none is.
+    At least one event is not: where chance would hide all, the newest is hidden alone. Of fewer than two events none is.
     """
     is_event = windows > 0
+    size = is_event.sum(-1)
     is_hidden = is_event & (columns >= keep)
-    size, hidden = is_event.sum(-1), is_hidden.sum(-1)
-    is_newest_alone = (coin < 0.5) | (hidden == 0) | (hidden == size)
-    is_hidden[is_newest_alone] = False
-    is_hidden[..., -1] |= is_newest_alone
+    is_hidden[..., -1] = True
+    is_hidden[is_hidden.sum(-1) >= size, :-1] = False
     is_hidden &= (size > 1)[..., None]
     return is_hidden
 

@@ -1,7 +1,7 @@
 """Masked item: some events of a window are hidden, and an encoder that reads both ways says which items they were.
 
-Source: Sun et al. 2019 (BERT4Rec), https://arxiv.org/abs/1904.06690, section 3.6: the cloze, and windows in which the newest event alone
-is hidden, which is what a recommendation asks for. Softmax over the catalogue or drawn candidates: as in `next_item`.
+Source: Sun et al. 2019 (BERT4Rec), https://arxiv.org/abs/1904.06690, section 3.6: the cloze. There some windows hide the newest event alone,
+which is what a recommendation asks for; here every window hides it, beside others. Softmax over the catalogue or drawn candidates: as in `next_item`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from fedssl.tasks import Chance, Task, UsersModel, Views
 
 
 def masked_item(config: TaskConfig, *, num_items: int) -> Task:
-    """Each event is hidden with chance ``1 - config.keep``; in half of the windows the newest alone is, for certain.
+    """The newest event is hidden, and each other with chance ``1 - config.keep``.
 
-    At least one event is hidden and one is read (`fedssl.views.hide`), so a window of one event teaches nothing.
+    At least one event is read (`fedssl.views.hide`), so a window of one event teaches nothing.
     ``config.negatives``: as in `next_item`.
     """
 
     def draw(windows_USBL1: NDArray[np.int64], chance: Chance) -> Views:
         # The last column is read too: a mask takes its place, as it does behind a history.
         wide = replace(chance, window=chance.window + 1)
-        is_hidden = views.hide(
-            windows_USBL1, config.keep, columns=wide.columns("hidden", *windows_USBL1.shape[1:]), coin=chance.uniform("newest alone", *windows_USBL1.shape[1:3])
-        )
+        is_hidden = views.hide(windows_USBL1, config.keep, columns=wide.columns("hidden", *windows_USBL1.shape[1:]))
         # A window of one event is not read either: it asks nothing.
         is_read = ~is_hidden & is_hidden.any(-1, keepdims=True)
         sequences = {"read": np.where(is_read, windows_USBL1, 0), "target": np.where(is_hidden, windows_USBL1, 0)}

@@ -19,6 +19,7 @@ QUALITY = (
     ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
     ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
     ("federated, weights by positions", "**federated**, weights by positions"),
+    ("federated, weights by positions, BERT4Rec and masked item", "**federated**, weights by positions, BERT4Rec with masked item instead"),
     ("federated, weights by positions, with contrast", "**federated**, weights by positions, the contrastive task beside"),
     ("federated, weights by positions, with a head", "**federated**, weights by positions, a user vector kept by each"),
     ("federated, weights by positions, with the previous item", "**federated**, weights by positions, + the task previous item"),

@@ -32,6 +32,7 @@ EQUAL = "federated, equal weights"
 EQUAL_SUM = "federated, equal weights, summed loss"
 CONTRAST = "federated, weights by positions, with contrast"
 HEAD = "federated, weights by positions, with a head"
+MASKED = "federated, weights by positions, BERT4Rec and masked item"
 PREVIOUS = "federated, weights by positions, with the previous item"
 HISTORY = "federated, weights by positions, with the history's mean"
 BOTH = "federated, weights by positions, with the previous item and the history's mean"
@@ -80,6 +81,7 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
         EQUAL: equal,
         EQUAL_SUM: {**equal, "local": config.local.model_copy(update={"reduction": "sum"})},
         CONTRAST: {"task": (*tasks, TaskConfig(name="contrastive", weight=0.1, negatives=8))},
+        MASKED: {"encoder": config.encoder.model_copy(update={"name": "bert4rec"}), "task": (TaskConfig(name="masked-item"),)},
         HEAD: {"head": HeadConfig(name="user-vector")},
         PREVIOUS: {"task": with_previous_item(tasks)},
         HISTORY: {"head": HeadConfig(history=3.0)},
