@@ -21,7 +21,7 @@ demo: $(READY)  ## Make histories, train federated, compare with baselines, say 
 	@number=1; while [ -e $(DEMO)/run-$$number ]; do number=$$((number + 1)); done; \
 	$(BIN)/fedssl simulate demo --set data.path=$(DEMO)/histories.txt --baselines --out $(DEMO)/run-$$number
 
-test: $(READY)  ## All tests, in parallel; what was skipped and why
+test: $(READY)  ## The tests, in parallel; what was skipped and why
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -rs
 
 lint: $(READY)  ## ruff, mypy strict, and the floors that may import one another

@@ -75,7 +75,7 @@ def read_catalogue(path: Path) -> Catalogue:
                 raise TypeError
         except (ValueError, KeyError, TypeError):
             raise DataError(
-                f"{path}, line {number + 1}: not a JSON object with row and token; write catalogues with `fedssl data describe --catalogue`"
+                f"{path}, line {number + 1}: not a JSON object with row and token; take the catalogue.jsonl of a checkpoint, as it was written"
             ) from None
         if row != number or (row == 0) != (token is None):
             raise DataError(f"{path}, line {number + 1}: row {row} where {number} was wanted; rows count from 0, row 0 is padding")

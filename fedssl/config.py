@@ -88,7 +88,7 @@ class TaskConfig(Settings):
         0.6,
         gt=0.0,
         le=1.0,
-        description="contrastive: share of a window that crop keeps, that mask leaves, that reorder leaves in place. masked-item: chance that an event before the newest is read",
+        description="contrastive: share of a window that crop keeps, mask leaves, reorder leaves in place. masked-item: chance that an older event is read",
     )
 
 

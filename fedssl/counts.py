@@ -101,7 +101,7 @@ def most_popular(popularity_I: NDArray[np.float32], count: int) -> NDArray[np.in
 
 
 def dense(sparse: SparseSum) -> NDArray[np.int64]:
-    """The whole matrix, empty cells too."""
+    """The whole matrix in whole steps, empty cells too. Shape: ``sparse.shape``, int64."""
     matrix = np.zeros(sparse.shape, dtype=np.int64)
     matrix[sparse.rows, sparse.columns] = sparse.values
     return matrix
@@ -193,7 +193,7 @@ def merge_rows(one: Counts, other: Counts) -> Counts:
 class CountsScorer:
     """Scores of all items after a history, from counts.
 
-    log1p: ``log(1 + scale * c)`` with ``c`` the decayed sum of the newest events' rows (`tasks.md`). log-lift: the decayed sum
+    log1p: ``log(1 + scale * c)`` with ``c`` the decayed sum of the newest events' rows. log-lift: the decayed sum
     of ``log(1 + count / (scale * share of the column))``, plus ``prior`` times the log of the share: observed over expected,
     times how popular an item is anyway.
     """

@@ -13,9 +13,6 @@ from torch import Tensor
 from fedssl import seeds
 from fedssl.weights import ITEMS, Layout
 
-PROJECTION = "item_projection"
-"""Name of the learned projection (F, D) where parts are kept by name."""
-
 
 def with_projection(weights_P: Tensor, features_IF: Tensor, layout: Layout) -> Tensor:
     """Weights in parts: the flat vector, behind it a projection that says nothing yet. Shape: (P + F * D,)."""

@@ -158,7 +158,7 @@ class Agent:
         return removed
 
     def export(self) -> dict[str, Any]:
-        """All that is kept about the person, for a JSON file."""
+        """All that is kept about the person, for a JSON file. Of uploads that are kept for a retry their number and bytes: the server got them."""
         user, delta = self.policy.user, 1e-6
         with opened_ledger(self.folder, self._history) as device:
             ledger = {
@@ -166,6 +166,7 @@ class Agent:
                 "uploads": sum(device.ledger.uploads().values()),
                 "epsilon_of_uploads_with_own_noise": {"delta": delta, "epsilon": device.ledger.spent(user, delta)},
             }
+            number, kept_bytes = device.ledger.kept_answers()
         heads = {path.name: np.fromfile(path / "user-vector.f32", "<f4").tolist() for path in sorted((self.folder / "heads").glob("*"))}
         return {
             "format": 1,
@@ -173,7 +174,9 @@ class Agent:
             "events": [event._asdict() for event in self._history.events()],
             "heads": heads,
             "servers": self._history.servers(),
+            "trainings": self._history.training_times(),
             "ledger": ledger,
+            "kept_uploads": {"number": number, "bytes": kept_bytes},
         }
 
     def join(self, server: str) -> None:

@@ -50,7 +50,7 @@ def import_(
         typer.echo(f"a model of {found.catalogue.num_items} items, round {found.round} of run {found.run}")
     if history is not None:
         names = tuple(columns.split(",")) if columns else ()
-        typer.echo(f"{import_history(folder, history, format=format, columns=names, user=user)} events recorded")
+        typer.echo(f"{import_history(folder, history, format=format, columns=names, user=user)} events in the history now")
 
 
 @device.command(name="would-join")

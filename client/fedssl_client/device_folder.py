@@ -18,7 +18,7 @@ from fedssl_client.policy import FILE, Policy
 
 HISTORY, MODEL, TOKEN = "history.sqlite", "model", "token"
 FIRST_POLICY = """\
-# What this person allows. The agent reads it anew before every training. All settings: client/README.md
+# What this person allows. The agent reads it anew before every training. All settings: docs/device.md
 user = {user}                # the number under which the server knows this device
 
 [consent]

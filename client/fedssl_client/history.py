@@ -76,7 +76,7 @@ class HistoryStore:
     def record(self, item: str, when: float, value: float, retention: Retention) -> list[str] | None:
         """Keep an event, and delete what retention no longer covers. The items before it, oldest first; None where it is not the newest event.
 
-        Raises DataError for an item that is empty, too long or not printable, or a time or value that is no number.
+        Raises DataError for an item that is empty, too long or not printable, or a time or value that is no number; DiskError where it cannot be kept.
         """
         check_event(item, when, value)
         with self._lock:
@@ -91,7 +91,7 @@ class HistoryStore:
         return items if place == len(items) else None
 
     def add(self, events: list[Event], retention: Retention) -> None:
-        """Keep many events: all, or none."""
+        """Keep many events: all, or none. Raises DataError and DiskError as `record`."""
         for event in events:
             check_event(*event)
         with self._writing() as file:
@@ -141,6 +141,11 @@ class HistoryStore:
         """Trainings begun in the 24 hours before ``now``. One of the future counts too: a clock that was set back frees none."""
         with self._reading() as file:
             return int(file.execute("SELECT count(*) FROM trainings WHERE time > ?", (now - DAY,)).fetchone()[0])
+
+    def training_times(self) -> list[float]:
+        """When trainings began, as far as that is still kept: seconds since 1970."""
+        with self._reading() as file:
+            return [when for (when,) in file.execute("SELECT time FROM trainings ORDER BY time")]
 
     def join(self, server: str) -> None:
         """Note that the person joined a server."""

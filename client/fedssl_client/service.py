@@ -76,7 +76,7 @@ def device_answers(agent: Agent) -> dict[str, Answer]:
 
 
 def training_answers(agent: Agent) -> dict[str, Answer]:
-    """What the ClientApp may ask, and nothing else: it can reach neither the history nor the recommendations."""
+    """What the ClientApp may ask, and beside health and reflection nothing else: it can reach neither the history nor the recommendations."""
 
     def train(asked: pb.TrainRequest, context: grpc.ServicerContext) -> pb.TrainReply:
         known = (asked.known_rows, asked.known_chain) if asked.known_rows else None
@@ -154,9 +154,7 @@ def _server(services: dict[str, dict[str, Answer]], address: str, *, is_private:
 def _socket_address(path: Path) -> str:
     """The address of a Unix socket in a folder that is its owner's alone where we make it; a socket that a killed agent left is removed."""
     if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
-        raise ConfigError(
-            f"{path}: a Unix socket's path has at most {LONGEST_SOCKET_PATH} bytes; put the device's folder elsewhere, or set [agent] training_socket"
-        )
+        raise ConfigError(f"{path}: a Unix socket's path has at most {LONGEST_SOCKET_PATH} bytes; put the device's folder where its path is shorter")
     with writing(path):
         path.parent.mkdir(mode=0o700, exist_ok=True)
         path.unlink(missing_ok=True)

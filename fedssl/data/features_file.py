@@ -45,7 +45,8 @@ def read_features(path: Path, catalogue: Catalogue) -> NDArray[np.float32]:
     place_of = {token: place for place, token in enumerate(tokens)}
     is_known = np.array([token in place_of for token in catalogue.tokens])
     if not is_known.any():
-        raise DataError(f"{path}: names no item of the data; items here are like {catalogue.tokens[0]!r}, there like {tokens[0]!r}")
+        like = f"items here are like {catalogue.tokens[0]!r}, there like {tokens[0]!r}"
+        raise DataError(f"{path}: names no item of the data; {like}. Make it from this data's items: `fedssl data embed`")
     result = np.zeros((catalogue.num_items, 1 + vectors.shape[1]), dtype=np.float32)
     result[is_known, 0] = 1.0
     result[is_known, 1:] = vectors[[place_of[token] for token in catalogue.tokens if token in place_of]]

@@ -197,32 +197,6 @@ class Plan:
             found.append(f"delta {self.delta:g} is not below 1 / users ({1 / users:.2g}): it allows a mechanism that gives one user away entirely.")
         return found
 
-    def statement_text(self) -> str:
-        """The promise in plain words, one sentence a line."""
-        sums = [
-            f"{phase.phase}: {phase.rounds} round{'s' * (phase.rounds > 1)}, {self._sampling(phase)}; "
-            f"{one.name} clipped to {one.clip_norm:g}{self._later(phase, one)}, noise {one.noise_multiplier:.4g} times that on "
-            f"{self._noised}"
-            for phase in self.phases
-            for one in phase.sums
-        ]
-        terms = f"unit: {self.unit}; neighbours: {self.neighbours}; trust: {self.trust}; accountant: {self.accountant}"
-        whose = "" if self.fleet_users is None else f"Asked for a fleet of {self.fleet_users:,} users: "
-        if self.is_by_window:
-            what = "Whatever one training window holds, all that its device sends is at most e^{:.3g} times as likely as if that window were not there"
-        elif self.trust == "local":
-            what = "Whatever a user did, all that their device sends is at most e^{:.3g} times as likely as if they had done anything else"
-        else:
-            what = "Whatever a user did, any released model is at most e^{:.3g} times as likely as if that user had never taken part"
-        promise = f"{whose}{what.format(self.promised)}, but for a chance of {self.delta:g}: epsilon {self.promised:.3f} at delta {self.delta:g} ({terms})."
-        return "\n".join([promise, *sums, *self.warnings(), *self._caveats()])
-
-    @property
-    def _noised(self) -> str:
-        if self.is_by_window:
-            return "the sum of every local step"
-        return "every upload" if self.trust == "local" else "the sum"
-
     def _sampling(self, phase: PhasePlan) -> str:
         if self.is_by_window:
             return (
@@ -232,11 +206,6 @@ class Plan:
         if self.trust == "local":
             return f"each user once a pass, at most {self.uploads(phase.rounds)} times, as anybody may know"
         return f"Poisson, rate {phase.rate:.6g}, from a secret cohort key" if phase.rate < 1 else "every user"
-
-    @staticmethod
-    def _later(phase: PhasePlan, one: SumPlan) -> str:
-        is_adaptive = one.name == "update" and any(other.name == WITHIN for other in phase.sums)
-        return " in the first round, later to what the noised number of users within it makes of that" if is_adaptive else ""
 
     def _events(self, charged: Mapping[str, int]) -> list[tuple[PhasePlan, int]]:
         for name in charged:

@@ -46,6 +46,9 @@ CREATE TABLE answers (question TEXT PRIMARY KEY, run TEXT, round INTEGER, upload
 """
 
 
+_UNKNOWN = "what these users have spent is unknown, so nothing is trained. Put the node's own ledger back"
+
+
 def question_of(download: Download) -> str:
     """SHA-256 of what an answer depends on. Not of who is asked: a user draws the same noise alone and among others."""
     tensors = sorted(download.tensors.items())
@@ -66,7 +69,7 @@ class UploadLedger:
     def __init__(self, path: Path, key: bytes, *, may_be_new: bool):
         is_new = not path.exists()
         if is_new and not may_be_new:
-            raise DataError(f"{path} is missing; what these users have spent is unknown, so nothing is trained. Put the node's own ledger back")
+            raise DataError(f"{path} is missing; {_UNKNOWN}")
         self.path, self._key = path, key
         self._cost: defaultdict[int, float] = defaultdict(float)
         self._steps: defaultdict[int, dict[tuple[float, float], int]] = defaultdict(dict)
@@ -90,12 +93,12 @@ class UploadLedger:
                 "SELECT number, kind, question, run, phase, round, users, cost, rate, steps, chain FROM uploads ORDER BY number"
             ).fetchall()
         except sqlite3.Error as error:
-            raise DataError(f"{path}: cannot be read as a ledger of uploads ({error}); what was spent is unknown, so nothing is trained") from None
+            raise DataError(f"{path}: cannot be read as a ledger of uploads ({error}); {_UNKNOWN}") from None
         if form != UPLOADS_FORMAT:
             raise DataError(f"{path}: ledger format {form}, this version reads {UPLOADS_FORMAT}; install the fedssl that wrote it")
         for *values, chain in rows:
             if values[0] != self._number + 1 or not hmac.compare_digest(chain, self._link(values)):
-                raise DataError(f"{path}, row {self._number + 1}: not what this node wrote; what was spent is unknown, so nothing is trained")
+                raise DataError(f"{path}, row {self._number + 1}: not what this node wrote; {_UNKNOWN}")
             self._believe(values, chain)
 
     def charge(
@@ -140,6 +143,11 @@ class UploadLedger:
         """The kept answer; None where there is none."""
         found = self._file.execute("SELECT upload FROM answers WHERE question = ?", (question,)).fetchone()
         return None if found is None else bytes(found[0])
+
+    def kept_answers(self) -> tuple[int, int]:
+        """How many answers are kept for a retry, and their bytes."""
+        number, size = self._file.execute("SELECT count(*), coalesce(sum(length(upload)), 0) FROM answers").fetchone()
+        return int(number), int(size)
 
     def keep(self, question: str, address: Address, upload: bytes) -> bytes:
         """Keep an answer before it leaves, and return what may leave: the answer that was kept first."""

@@ -18,7 +18,7 @@ from fedssl.tasks import Chance, Task, UsersModel, Views
 def next_item(config: TaskConfig, *, num_items: int) -> Task:
     """Softmax over the whole catalogue, or over ``config.negatives`` items drawn uniformly for each user.
 
-    Negatives differ from user to user: a cohort then covers the catalogue (`tasks.md` measured .033 against .074).
+    Negatives differ from user to user: a cohort then covers the catalogue.
     """
 
     def draw(windows_USBL1: NDArray[np.int64], chance: Chance) -> Views:

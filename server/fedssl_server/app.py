@@ -76,9 +76,8 @@ def wait_for_nodes(grid: Grid, expected: int, seconds: float) -> list[int]:
     deadline = time.monotonic() + seconds
     while len(nodes := sorted(grid.get_node_ids())) < expected:
         if time.monotonic() > deadline:
-            raise FedSSLError(
-                f"{len(nodes)} of {expected} nodes after {seconds:.0f} s; start the missing flower-supernodes, or set FEDSSL_NODES to {len(nodes)}"
-            )
+            fewer = f", or wait for {len(nodes)} ([rounds] nodes in server.toml, else FEDSSL_NODES)" if nodes else ""
+            raise FedSSLError(f"{len(nodes)} of {expected} nodes after {seconds:.0f} s; start the missing flower-supernodes{fewer}")
         time.sleep(0.2)
     return nodes
 

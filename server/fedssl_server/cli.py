@@ -92,7 +92,7 @@ def halt(
     now: Annotated[bool, typer.Option("--now", help="Do not wait for the round at hand, which is lost")] = False,
     everything: Annotated[bool, typer.Option("--all", help="End the SuperLink at once, too")] = False,
 ) -> None:
-    """Stop the run after the round at hand. It goes on with `fedssl server run DIR --resume`.
+    """Stop the run after the round at hand. It goes on with `fedssl server run DIR --resume RUN`.
 
     Example: fedssl server halt server
     """

@@ -13,22 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from fedssl.disk import write_whole
 from fedssl.errors import ConfigError, FedSSLError
 from fedssl_server.ledger_heads import digest, note_key, noted_keys, read_names
 from fedssl_server.processes import Processes, flower_environment, listens, program
 from fedssl_server.server_folder import DATABASE, HEADS, LOGS, SECRET, ServerSettings, node_keys, read_server
+from fedssl_server.trial_keys import MAKE_KEY, check_key
 
 FLOWER_APP = Path(__file__).parent / "flower_app"
 """All that `flwr run` packs and sends; it ships inside the package."""
 REGISTERED = "registered.json"
 KEY_IS_KNOWN = "Public key already in use"
 """Flower's words for it."""
-MAKE_KEY = "ssh-keygen -t ecdsa -b 384 -N ''"
 ASK_SECONDS = 120.0
 """How long the SuperLink may take to answer."""
 
@@ -134,7 +130,7 @@ class Link:
 
     def _register(self, name: str, key: Path, known: dict[str, str]) -> str:
         """Flower's number of a node: registered now, or by a server that was killed before it had noted it. Raises ConfigError for what is no new key."""
-        _check_key(key)
+        check_key(key)
         try:
             return str(self.ask("supernode", "register", str(key), "--name", name)["node-id"])
         except FedSSLError as error:
@@ -228,13 +224,3 @@ class Link:
         if not isinstance(answer, dict) or answer.get("success") is False:
             raise FedSSLError(f"`flwr {' '.join(words)}` ended with {done.returncode}: {answer or said}; logs are in {self.folder / LOGS}")
         return answer
-
-
-def _check_key(path: Path) -> None:
-    """Raises ConfigError for a file that is no public key as Flower's nodes have them."""
-    try:
-        found = serialization.load_ssh_public_key(path.read_bytes())
-    except (OSError, ValueError, UnsupportedAlgorithm) as error:
-        raise ConfigError(f"{path}: cannot be read as a public key ({error}); wanted the .pub of `{MAKE_KEY}`") from None
-    if not isinstance(found, ec.EllipticCurvePublicKey):
-        raise ConfigError(f"{path}: a key of another kind than Flower takes; wanted the .pub of `{MAKE_KEY}`")

@@ -1,4 +1,4 @@
-"""Keys for a trial: a certificate authority, a certificate of the server that it signed, and a key pair for each node.
+"""Keys for a trial: a certificate authority, a certificate of the server that it signed, a key pair for each node; and whether a file is a node's key.
 
 Whoever holds ``ca.key`` can pose as the server: an operator with a real authority brings certificates of their own (server/README.md).
 Private keys are P-384, in files of mode 0600, not encrypted.
@@ -13,11 +13,16 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedssl.disk import whole_file
+from fedssl.errors import ConfigError
+
+MAKE_KEY = "ssh-keygen -t ecdsa -b 384 -N ''"
+"""How a node makes its own key pair."""
 
 DAYS = 365
 """How long the certificates of a trial are good for."""
@@ -50,6 +55,16 @@ def make_certificates(folder: Path, names: Sequence[str]) -> None:
         _write_private(folder / f"{name}.key", key, serialization.PrivateFormat.PKCS8)
         with whole_file(folder / f"{name}.crt") as beside:
             beside.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+
+
+def check_key(path: Path) -> None:
+    """Raises ConfigError for a file that is no public key as Flower's nodes have them."""
+    try:
+        found = serialization.load_ssh_public_key(path.read_bytes())
+    except (OSError, ValueError, UnsupportedAlgorithm) as error:
+        raise ConfigError(f"{path}: cannot be read as a public key ({error}); wanted the .pub of `{MAKE_KEY}`") from None
+    if not isinstance(found, ec.EllipticCurvePublicKey):
+        raise ConfigError(f"{path}: a key of another kind than Flower takes; wanted the .pub of `{MAKE_KEY}`")
 
 
 def make_node_key(folder: Path, name: str) -> None:

@@ -23,7 +23,7 @@ from fedssl_simulations.central import count_all, each_alone, train_centrally
 from fedssl_simulations.scorers import co_occurrence, markov, popularity
 
 LOG_LIFT = CountsConfig(lags=6, decay=0.8, context=6, context_decay=0.6, form="log-lift", scale=0.5, clip_norm=1.0)
-"""`tasks.md`: the strongest recommender that only counts, users of norm 1."""
+"""The strongest recommender that only counts, of those tried; users of norm 1."""
 
 NAMES = ("popularity", "markov", "co-occurrence", "log-lift counts", "each alone", "central")
 

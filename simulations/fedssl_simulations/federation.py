@@ -2,8 +2,8 @@
 
 What runs is what an operator starts: a server's folder as `fedssl server init` makes it, `fedssl server start` on it,
 ``flower-supernode`` and ``flower-superexec`` as processes, a run submitted with ``flwr run``, messages over TLS on
-127.0.0.1, nodes that prove who they are. A round costs some 4 to 6 seconds, nearly all of it polling (a SuperNode sleeps
-3 s when idle) and new processes.
+127.0.0.1, nodes that prove who they are. Nearly all of a round's time is polling (a SuperNode sleeps 3 s when idle) and
+new processes.
 """
 
 from __future__ import annotations

@@ -184,7 +184,9 @@ def test_the_clientapp_gets_through_the_agent_what_the_child_gives(tmp_path: Pat
         assert [one.item for one in after] == [one.item for one in wanted]
         np.testing.assert_allclose([one.score for one in after], [one.score for one in wanted], rtol=1e-6)
         assert [one.score for one in after] != before
-        assert "heads" in json.loads(app.ask("Export").json)
+        exported = json.loads(app.ask("Export").json)
+        assert len(exported["heads"]) == len(exported["trainings"]) == 1
+        assert exported["kept_uploads"] == {"number": 1, "bytes": len(upload)}
     assert not agent._trainer.is_training
 
 

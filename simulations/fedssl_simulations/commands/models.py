@@ -25,7 +25,7 @@ def evaluate(
 ) -> None:
     """What a checkpoint reaches on a run's data. Without personal heads.
 
-    Example: fedssl evaluate runs/first/checkpoints/round-001805 ml-1m
+    Example: fedssl evaluate runs/first/checkpoints/round-001510 ml-1m
     """
     from fedssl.checkpoints import read_checkpoint
     from fedssl.data.dataset import load_dataset
@@ -58,7 +58,7 @@ def recommend(
 ) -> None:
     """What comes next after a history. Tokens in, tokens (and titles, where known) out.
 
-    Example: fedssl recommend runs/first/checkpoints/round-001805 --item "Toy Story (1995)" -k 5
+    Example: fedssl recommend runs/first/checkpoints/round-001510 --item 1 --item 260 -k 5
     """
     from fedssl.checkpoints import read_checkpoint
     from fedssl_simulations.recommend import recommend as best_items
@@ -85,7 +85,7 @@ def export(
 ) -> None:
     """A model for a device, which `fedssl device import` takes. The encoder as ONNX, counts, recipe and catalogue.
 
-    Example: fedssl export runs/first/checkpoints/round-001805 --out model
+    Example: fedssl export runs/first/checkpoints/round-001510 --out model
     """
     from fedssl.checkpoints import read_checkpoint
     from fedssl.device_model import ENCODER_FILE, write_device_model
