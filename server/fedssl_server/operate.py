@@ -58,7 +58,7 @@ def keep_up(link: Link, say: Callable[[str], None]) -> None:
                     try:
                         for line in link.let_join():
                             heard.add(line)
-                            if line not in told:  # What is wrong with a key is wrong at every look.
+                            if line not in told or not line.startswith("error:"):  # What is wrong with a key is wrong at every look.
                                 say(line)
                     except FedSSLError as error:  # Such as a SuperLink that has just ended.
                         say(f"error: {error}")
