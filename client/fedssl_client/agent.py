@@ -31,6 +31,8 @@ from fedssl_client.training import Trainer, command_of
 DEFAULT_K = 10
 LONGEST_STEP = 0.002
 """Seconds that `record` waits for the head's step at most. A longer one goes on alone, and counts when it is done."""
+MOST_AT_HAND = 1000
+"""Recommendations that are kept at most: a longer list is made when it is asked for."""
 _NO_MODEL = (0, 0)
 
 
@@ -96,7 +98,7 @@ class Agent:
             step.cancel()  # Where it is still behind another one.
             steps.append(step)
         asked, self._asked = self._asked, None
-        if asked is not None:
+        if asked is not None and asked[0] <= MOST_AT_HAND:
             self._ahead.submit(self._make_ahead, steps, *asked)
 
     def recommend(self, *, k: int, include_seen: bool) -> list[Recommendation]:
@@ -120,7 +122,8 @@ class Agent:
             items, last = self._history.items(), self._answer
             if last is None or last.items is not items or last.head is not head or (last.made, last.k, last.include_seen) != (made, k, include_seen):
                 found = recommender.recommend(items, k=k, exclude_seen=not include_seen, head_D=head)
-                last = self._answer = _Answer(made, items, head, k, include_seen, found)
+                self._answer = _Answer(made, items, head, k, include_seen, found) if len(found) <= MOST_AT_HAND else None
+                return found
             return last.found
 
     def status(self) -> dict[str, Any]:

@@ -108,9 +108,11 @@ def parts_that_help() -> str:
             for what, one in row["gains"].items():
                 what = f"NDCG@10, {what}" if file == "task_gains" else what
                 lines.append(f"| {name}, against {beside} | {preset}, {number} rounds{rates} | {what} | {_gain(one)} |")
-    row = results.newest("adaptation", name="user vector")
-    if row is not None:
-        name = f"user vector with a step at each event, against without (`adapt = {row['rate']:g}`)"
+    for head in ("user vector", "user vector and history"):
+        row = results.newest("adaptation", name=head)
+        if row is None:
+            continue
+        name = f"{head}, with a step at each event, against without (`adapt = {row['rate']:g}`)"
         lines.append(f"| {name} | {row['preset']} | NDCG@10 of the last 5 of 10 events, one by one | {_gain(row['gains']['unseen'])} |")
     if not lines:
         return ""

@@ -129,6 +129,16 @@ def test_what_was_asked_for_is_made_ahead_once_an_event_and_for_nobody_who_does_
     assert made.times == 3
 
 
+def test_a_long_list_is_neither_kept_nor_made_ahead(agent: Agent, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(agent_file, "MOST_AT_HAND", 20)
+    made = Counted(agent)
+    for _ in range(2):
+        assert len(agent.recommend(k=21, include_seen=True)) == 21 and agent._answer is None
+    agent.record("i20", None, None)
+    agent._ahead.submit(lambda: None).result()
+    assert made.times == 2 and len(agent.recommend(k=20, include_seen=True)) == 20 and agent._answer is not None
+
+
 def test_who_asks_while_they_are_made_waits_for_them(agent: Agent):
     agent.recommend(k=3, include_seen=False)
     made = Counted(agent)
