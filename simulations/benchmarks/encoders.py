@@ -189,7 +189,7 @@ def page() -> str:
             "## How fast they learn",
             "",
             f"ML-1M, {TRIAL_ROUNDS} rounds of {TRIAL_COHORT} users, one step, the settings above, encoder alone (no counts, no head), one seed: a short",
-            "trial, and not what an encoder reaches (`--trial`). A cloze asks fewer positions and has to find the newest event first; it needs more rounds.",
+            "trial, and not what an encoder reaches (`--trial`). A cloze asks fewer positions and has to find the newest event first; it needs many more rounds.",
             "",
             "| encoder | NDCG@10 `unseen` | NDCG@10 `all` |",
             "|---|---|---|",
