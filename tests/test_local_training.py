@@ -209,7 +209,8 @@ def test_training_equals_a_plain_loop_over_users(case: dict[str, Any]):
 
 @pytest.mark.parametrize("name", ["three steps, full softmax", *EVERYTHING])
 def test_training_equals_a_plain_loop_over_users_in_float32(name: str):
-    assert_equals_the_loop(a_case(**CASES[name]), 1e-5)
+    # Three steps of the cloze with contrast amplify rounding; in double precision both agree to 1e-14.
+    assert_equals_the_loop(a_case(**CASES[name]), 3e-4 if name == "bert4rec, everything" else 1e-5)
 
 
 def assert_alike(alone: Trained, crowd: Trained, place: int, tolerance: float) -> None:

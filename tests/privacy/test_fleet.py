@@ -64,8 +64,8 @@ def test_a_plan_without_a_fleet_keeps_its_fingerprint_and_one_with_another_has_a
 
 
 def test_delta_is_held_against_the_fleets_users():
-    assert "1 / users" not in plan_of(1_000_000).statement_text()
-    assert "1 / users" in plan_of(20_000_000).statement_text()
+    assert not any("1 / users" in warning for warning in plan_of(1_000_000).warnings())
+    assert any("1 / users" in warning for warning in plan_of(20_000_000).warnings())
 
 
 def test_a_fleet_smaller_than_the_users_at_hand_or_without_a_plan_is_refused():
@@ -118,8 +118,9 @@ def test_the_terminal_says_so_in_progress_and_results(tmp_path: Path, monkeypatc
 
 
 def test_the_users_at_hand_are_said_to_be_promised_nothing_in_the_statement():
-    text = plan_of(1_000_000).statement_text()
-    assert text.startswith("Asked for a fleet of 1,000,000 users:") and "are promised nothing" in text
+    statement = plan_of(1_000_000).statement()
+    assert statement["fleet_users"] == 1_000_000
+    assert any("a fleet of 1,000,000 users" in warning and "are promised nothing" in warning for warning in statement["warnings"])
 
 
 def test_a_server_of_real_users_does_not_ask(tmp_path: Path):

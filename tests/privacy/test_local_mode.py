@@ -118,7 +118,7 @@ def test_the_statement_says_who_is_trusted_what_neighbours_are_and_how_often_the
     statement = plan_of(CONFIG.privacy, CONFIG.server).statement()
     assert (statement["trust"], statement["uploads_of_worst_user"]) == ("local", 2)
     assert statement["neighbours"] == "replace all that is on one device by anything else"
-    text = plan_of(CONFIG.privacy, CONFIG.server).statement_text()
+    text = json.dumps(statement)
     assert "Nobody is trusted" in text and "The server is trusted" not in text and "Amplification" not in text and "each user once a pass" in text
 
 
