@@ -120,11 +120,11 @@ class Agent:
             if recommender is None:
                 raise NoModel("this device has no model yet; `fedssl device import --model DIR` brings one")
             items, last = self._history.items(), self._answer
-            if last is None or last.items is not items or last.head is not head or (last.made, last.k, last.include_seen) != (made, k, include_seen):
-                found = recommender.recommend(items, k=k, exclude_seen=not include_seen, head_D=head)
-                self._answer = _Answer(made, items, head, k, include_seen, found) if len(found) <= MOST_AT_HAND else None
-                return found
-            return last.found
+            if last is not None and last.items is items and last.head is head and (last.made, last.k, last.include_seen) == (made, k, include_seen):
+                return last.found
+            found = recommender.recommend(items, k=k, exclude_seen=not include_seen, head_D=head)
+            self._answer = _Answer(made, items, head, k, include_seen, found) if len(found) <= MOST_AT_HAND else None
+            return found
 
     def status(self) -> dict[str, Any]:
         """How the agent is, by the names of StatusReply."""

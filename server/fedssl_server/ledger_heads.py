@@ -29,9 +29,9 @@ def noted_keys(folder: Path) -> dict[str, str]:
     return read_names(folder / NODE_KEYS, str, "put it back, or remove it: it is made anew from the nodes' keys")
 
 
-def note_key(folder: Path, node: str, public_key: Path) -> None:
-    """Remember the key under which Flower's ``node`` was registered. Raises DiskError, and RunFolderError as `noted_keys`."""
-    write_whole(folder / NODE_KEYS, json.dumps({**noted_keys(folder), node: digest(public_key)}))
+def note_key(folder: Path, node: str, key: str) -> None:
+    """Remember the key (its `digest`) under which Flower's ``node`` was registered. Raises DiskError, and RunFolderError as `noted_keys`."""
+    write_whole(folder / NODE_KEYS, json.dumps({**noted_keys(folder), node: key}))
 
 
 def digest(public_key: Path) -> str:

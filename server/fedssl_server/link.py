@@ -114,7 +114,7 @@ class Link:
             yield f"node {name} may join no longer" + (" with the key of before" if name in keys else "")
         for name in sorted(digests):
             if name in known and known[name] not in noted:
-                note_key(self.folder, known[name], keys[name])
+                note_key(self.folder, known[name], digests[name])
             elif name not in known:
                 shared = [other for other in known if digests.get(other) == digests[name]]
                 try:
@@ -124,7 +124,7 @@ class Link:
                 except ConfigError as error:
                     yield f"error: {error}"
                     continue
-                note_key(self.folder, known[name], keys[name])
+                note_key(self.folder, known[name], digests[name])
                 write_whole(path, json.dumps(known))
                 yield f"node {name} may join"
 

@@ -17,7 +17,7 @@ from fedssl_client.app import app
 from fedssl_client.device_folder import training_socket
 from fedssl_client.policy import read_policy
 from fedssl_client.service import serving
-from fedssl_server.ledger_heads import LedgerHeads, note_key
+from fedssl_server.ledger_heads import LedgerHeads, digest, note_key
 from fedssl_server.serve import serve
 from fedssl_simulations.grids import Handler, InProcessGrid
 from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
@@ -68,15 +68,15 @@ def test_heads_outlive_the_process_and_a_file_that_was_spoiled_is_not_passed_ove
 def test_a_head_goes_by_the_nodes_key_whatever_number_flower_gives_it_next(tmp_path: Path):
     (tmp_path / "anna.pub").write_text("ecdsa-sha2-nistp384 AAAA anna@phone\n")
     (tmp_path / "ben.pub").write_text("ecdsa-sha2-nistp384 BBBB ben@phone\n")
-    note_key(tmp_path, "7", tmp_path / "anna.pub")
+    note_key(tmp_path, "7", digest(tmp_path / "anna.pub"))
     heads = LedgerHeads(tmp_path / "ledger_heads.json")
     heads.take(7, (4, A))
     heads.take(5, (2, B))
     heads.save()
     # A SuperLink without memory: other numbers, the same keys, one of which is called otherwise now.
     (tmp_path / "anna.pub").write_text("ecdsa-sha2-nistp384 AAAA anna\n")
-    note_key(tmp_path, "8", tmp_path / "anna.pub")
-    note_key(tmp_path, "9", tmp_path / "ben.pub")
+    note_key(tmp_path, "8", digest(tmp_path / "anna.pub"))
+    note_key(tmp_path, "9", digest(tmp_path / "ben.pub"))
     heads = LedgerHeads(tmp_path / "ledger_heads.json")
     assert (heads.known(7), heads.known(8), heads.known(9), heads.known(5)) == ((4, A), (4, A), None, (2, B))
     with pytest.raises(UploadRefused, match="older one"):
