@@ -22,7 +22,7 @@ from fedssl_simulations.baselines import run_baselines
 from fedssl_simulations.run import Progress, simulate
 from fedssl_simulations.run_files import read_run
 
-from fedssl.config import HeadConfig, RunConfig, TaskConfig
+from fedssl.config import RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.round_lines import read_lines
 
@@ -36,6 +36,7 @@ MASKED = "federated, weights by positions, BERT4Rec and masked item"
 PREVIOUS = "federated, weights by positions, with the previous item"
 HISTORY = "federated, weights by positions, with the history's mean"
 BOTH = "federated, weights by positions, with the previous item and the history's mean"
+PLAIN = "federated, weights by positions, without the previous item and the history's mean"
 CURVE = 12
 """Validations of a run, the one after the last round too."""
 
@@ -75,6 +76,7 @@ def main() -> None:
 def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Callable[[], dict[str, Any]]]:
     """How to get each row, by name. What the preset says stands, but for what the name says."""
     server, tasks = config.server, config.task
+    mean = config.head.model_copy(update={"history": 3.0})
     equal = {"server": server.model_copy(update={"weighting": "equal"})}
     variants: dict[str, dict[str, Any]] = {
         FEDERATED: {"server": server.model_copy(update={"weighting": "positions"})},
@@ -82,27 +84,37 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
         EQUAL_SUM: {**equal, "local": config.local.model_copy(update={"reduction": "sum"})},
         CONTRAST: {"task": (*tasks, TaskConfig(name="contrastive", weight=0.1, negatives=8))},
         MASKED: {"encoder": config.encoder.model_copy(update={"name": "bert4rec"}), "task": (TaskConfig(name="masked-item"),)},
-        HEAD: {"head": HeadConfig(name="user-vector")},
+        HEAD: {"head": config.head.model_copy(update={"name": "user-vector"})},
         PREVIOUS: {"task": with_previous_item(tasks)},
-        HISTORY: {"head": HeadConfig(history=3.0)},
-        BOTH: {"task": with_previous_item(tasks), "head": HeadConfig(history=3.0)},
+        HISTORY: {"head": mean},
+        BOTH: {"task": with_previous_item(tasks), "head": mean},
+        PLAIN: {"task": without_previous_item(tasks), "head": config.head.model_copy(update={"history": 0.0})},
     }
+    configs = {name: config.model_copy(update=update) for name, update in variants.items()}
+    preset = configs[FEDERATED]
     baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
     made = {
-        name: lambda name=name, update=update: federated(config.model_copy(update=update), dataset, runs and runs / re.sub(r"[,' ]+", "-", name))
-        for name, update in variants.items()
+        name: lambda name=name, chosen=chosen: federated(chosen, dataset, runs and runs / re.sub(r"[,' ]+", "-", name))
+        for name, chosen in configs.items()
+        if name == FEDERATED or chosen != preset  # a preset may have a part already
     }
     return {**baselines, **made}
 
 
 def with_previous_item(tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
-    """The tasks with ``previous-item`` beside them, half the weight; where the first draws negatives, the two share them."""
+    """The tasks with ``previous-item`` beside them, half the weight; where the first draws negatives, the two share them. As they are if they have it."""
+    if without_previous_item(tasks) != tasks:
+        return tasks
     first, *others = tasks
     beside = TaskConfig(name="previous-item", weight=0.5)
     if first.negatives:
         first = first.model_copy(update={"negatives": first.negatives // 2})
         beside = beside.model_copy(update={"negatives": first.negatives})
     return (first, *others, beside)
+
+
+def without_previous_item(tasks: tuple[TaskConfig, ...]) -> tuple[TaskConfig, ...]:
+    return tuple(task for task in tasks if task.name != "previous-item")
 
 
 def federated(config: RunConfig, dataset: Dataset, kept: Path | None) -> dict[str, Any]:

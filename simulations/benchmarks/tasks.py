@@ -15,7 +15,7 @@ import numpy as np
 import results
 from fedssl_simulations.run_files import read_run
 from paired import arguments_of, arm_of, data_of, gain, ndcg, ranks_of, said
-from quality import with_previous_item
+from quality import with_previous_item, without_previous_item
 
 from fedssl.config import RunConfig, TaskConfig
 from fedssl.data.dataset import Dataset
@@ -44,11 +44,11 @@ def main() -> None:
 
 
 def arm(name: str, config: RunConfig) -> RunConfig:
-    """A preset's settings with what the name says; the next item's negatives are shared with the task beside it."""
+    """A preset's settings, but for the previous item, with what the name says; the next item's negatives are shared with the task beside it."""
     server = config.server
     if name == LONGER:
         server = server.model_copy(update={"rounds": round(1.6 * server.rounds)})
-    task = config.task
+    task = without_previous_item(config.task)
     if name == PREVIOUS:
         task = with_previous_item(task)
     elif name in BESIDE:
