@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +22,7 @@ import results
 from fedssl_simulations.run import simulate
 from fedssl_simulations.run_files import read_run
 from numpy.typing import NDArray
+from paired import clustered_interval
 
 from fedssl.catalogue import Catalogue
 from fedssl.checkpoints import Checkpoint
@@ -31,7 +31,6 @@ from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.data.features_file import hash_of
 from fedssl.data.histories import HeldFrom, Histories
 from fedssl.evaluation import Scorer, evaluate
-from fedssl.intervals import bootstrap_interval
 from fedssl.recipe import make_recipe
 from fedssl.recommender import Recommender
 from fedssl.transfer import carried_over
@@ -40,7 +39,7 @@ SHARE = 0.1
 """Of items, and of people, that are kept from training."""
 FEW = 5
 """Newest events that are read of a history cut short."""
-BEYOND = 11.0
+BEYOND = 11
 """All ranks behind the tenth are one: neither HR@10 nor NDCG@10 tells them apart."""
 
 
@@ -70,14 +69,14 @@ def main() -> None:
     print(table(rows))
 
 
-def both_models(config: RunConfig, dataset: Dataset) -> dict[str, list[list[float]]]:
-    """For each group of targets: [rank without features, rank with them, how many targets], ranks `unseen`, those behind the tenth as `BEYOND`."""
+def both_models(config: RunConfig, dataset: Dataset) -> dict[str, list[list[int]]]:
+    """For each group of targets: [user, rank without features, rank with them], ranks `unseen`, those behind the tenth as `BEYOND`."""
     known, whole, is_new_item, is_new_user = parted(dataset, config.seed)
     found = []
     for has_features in (False, True):
         model = trained(config, known if has_features else replace(known, features=None), whole if has_features else replace(whole, features=None))
         found.append({(split, few): evaluated(model, whole, split, few=few) for split in ("validation", "test") for few in (False, True)})
-    ranks = {key: np.stack([found[0][key][1], found[1][key][1]], axis=1) for key in found[0]}
+    ranks = {key: np.stack([found[0][key][0][0], found[0][key][1], found[1][key][1]], axis=1).astype(int) for key in found[0]}
     users, targets = ({key: found[0][key][0][place] for key in found[0]} for place in (0, 1))
     is_new = {key: is_new_item[targets[key]] for key in targets}
     is_cold = {key: is_new_user[users[key]] for key in users}
@@ -89,7 +88,7 @@ def both_models(config: RunConfig, dataset: Dataset) -> dict[str, list[list[floa
         "people not met in training": np.concatenate([ranks[key][~is_new[key] & is_cold[key]] for key in both]),
         f"the newest {FEW} events alone": ranks[short][~is_new[short] & ~is_cold[short]],
     }
-    return {name: [[*pair, times] for pair, times in sorted(Counter(map(tuple, found_N2.tolist())).items())] for name, found_N2 in groups.items()}
+    return {name: found_N3.tolist() for name, found_N3 in groups.items()}
 
 
 def parted(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset, NDArray[np.bool_], NDArray[np.bool_]]:
@@ -137,12 +136,13 @@ def evaluated(model: Recommender, whole: Dataset, split: Any, *, few: bool) -> t
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of all seeds as Markdown; the interval is that of the paired difference of NDCG@10 over all targets of all seeds."""
+    """The rows of all seeds as Markdown; the interval is that of the paired difference of NDCG@10 over people, each with all targets of all seeds."""
     lines = ["| targets | of all seeds | HR@10 without | with | NDCG@10 without | with | difference, 95 % interval |", "|---|---|---|---|---|---|---|"]
     for name in rows[0]["groups"]:
-        pairs = np.concatenate([np.repeat([pair[:2]], pair[2], axis=0) for row in rows for pair in row["groups"][name]])
+        found = np.concatenate([row["groups"][name] for row in rows])
+        users, pairs = found[:, 0], found[:, 1:]
         hits, gains = pairs <= 10, np.where(pairs <= 10, 1 / np.log2(1 + pairs), 0.0)
-        low, high = bootstrap_interval(gains[:, 1] - gains[:, 0])
+        low, high = clustered_interval(gains[:, 1] - gains[:, 0], users)
         numbers = [*hits.mean(0), *gains.mean(0)]
         cells = [f"{numbers[place]:.4f}" for place in range(4)]
         lines.append(f"| {name} | {len(pairs):,} | {' | '.join(cells)} | {numbers[3] - numbers[2]:+.4f} ({low:+.4f} to {high:+.4f}) |")

@@ -12,13 +12,19 @@ from cells import spread
 
 QUALITY = (
     ("popularity", "popularity"),
-    ("each alone", "each user alone (a sample)"),
+    ("each alone", "each user alone (128 of them)"),
     ("markov", "Markov, last three items decayed"),
     ("log-lift counts", "item-to-item counts alone, log-lift"),
     ("central", "central training of the same encoder"),
+    ("central, half the learning rate", "central training, half the learning rate"),
+    ("central, twice the learning rate", "central training, twice the learning rate"),
     ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
     ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
     ("federated, weights by positions", "**federated**, weights by positions"),
+    (
+        "federated, weights by positions, without the previous item and the history's mean",
+        "**federated**, weights by positions, without the task previous item and the history's mean",
+    ),
     ("federated, weights by positions, BERT4Rec and masked item", "**federated**, weights by positions, BERT4Rec with masked item instead"),
     ("federated, weights by positions, with contrast", "**federated**, weights by positions, the contrastive task beside"),
     ("federated, weights by positions, with a head", "**federated**, weights by positions, a user vector kept by each"),

@@ -27,6 +27,8 @@ from fedssl.data.dataset import Dataset, load_dataset
 from fedssl.round_lines import read_lines
 
 BASELINES = ("popularity", "markov", "log-lift counts", "each alone", "central")
+CENTRAL_RATES = {"central, half the learning rate": 0.5, "central, twice the learning rate": 2.0}
+"""Of the preset's rate, which was chosen for the federation: central training has trials of its own."""
 FEDERATED = "federated, weights by positions"
 EQUAL = "federated, equal weights"
 EQUAL_SUM = "federated, equal weights, summed loss"
@@ -93,6 +95,9 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
     configs = {name: config.model_copy(update=update) for name, update in variants.items()}
     preset = configs[FEDERATED]
     baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
+    for name, factor in CENTRAL_RATES.items():
+        other = config.model_copy(update={"server": server.model_copy(update={"lr": factor * server.lr})})
+        baselines[name] = lambda other=other: run_baselines(other, dataset, names=("central",))["central"]
     made = {
         name: lambda name=name, chosen=chosen: federated(chosen, dataset, runs and runs / re.sub(r"[,' ]+", "-", name))
         for name, chosen in configs.items()

@@ -38,10 +38,11 @@ def newest(name: str, /, **match: Any) -> dict[str, Any] | None:
 
 
 def commit() -> str:
-    """The commit at hand, with a + where files differ from it."""
+    """The commit at hand, with a + where files differ from it, results aside."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True, cwd=FOLDER.parent).stdout.strip()
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True, cwd=FOLDER.parent).stdout.strip()
+        changed = ["git", "status", "--porcelain", "-uno", "--", ":/", f":(exclude){FOLDER}"]
+        dirty = subprocess.run(changed, capture_output=True, text=True, check=True, cwd=FOLDER.parent).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+" if dirty else "")

@@ -25,6 +25,7 @@ def main() -> None:
         learning_tables.quality("ml-1m"),
         learning_tables.quality("beauty"),
         learning_tables.quality("ml-100k"),
+        learning_tables.quality("ml-100k-counts"),
         learning_tables.CURVES,
         learning_tables.parts_that_help(),
         learning_tables.cold_items(),
