@@ -39,7 +39,7 @@ SHARE = 0.1
 """Of items, and of people, that are kept from training."""
 FEW = 5
 """Newest events that are read of a history cut short."""
-BEYOND = 11
+BEYOND = 11.0
 """All ranks behind the tenth are one: neither HR@10 nor NDCG@10 tells them apart."""
 
 
@@ -69,14 +69,14 @@ def main() -> None:
     print(table(rows))
 
 
-def both_models(config: RunConfig, dataset: Dataset) -> dict[str, list[list[int]]]:
+def both_models(config: RunConfig, dataset: Dataset) -> dict[str, list[list[float]]]:
     """For each group of targets: [user, rank without features, rank with them], ranks `unseen`, those behind the tenth as `BEYOND`."""
     known, whole, is_new_item, is_new_user = parted(dataset, config.seed)
     found = []
     for has_features in (False, True):
         model = trained(config, known if has_features else replace(known, features=None), whole if has_features else replace(whole, features=None))
         found.append({(split, few): evaluated(model, whole, split, few=few) for split in ("validation", "test") for few in (False, True)})
-    ranks = {key: np.stack([found[0][key][0][0], found[0][key][1], found[1][key][1]], axis=1).astype(int) for key in found[0]}
+    ranks = {key: np.stack([found[0][key][0][0], found[0][key][1], found[1][key][1]], axis=1) for key in found[0]}
     users, targets = ({key: found[0][key][0][place] for key in found[0]} for place in (0, 1))
     is_new = {key: is_new_item[targets[key]] for key in targets}
     is_cold = {key: is_new_user[users[key]] for key in users}
@@ -140,7 +140,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| targets | of all seeds | HR@10 without | with | NDCG@10 without | with | difference, 95 % interval |", "|---|---|---|---|---|---|---|"]
     for name in rows[0]["groups"]:
         found = np.concatenate([row["groups"][name] for row in rows])
-        users, pairs = found[:, 0], found[:, 1:]
+        users, pairs = found[:, 0].astype(int), found[:, 1:]
         hits, gains = pairs <= 10, np.where(pairs <= 10, 1 / np.log2(1 + pairs), 0.0)
         low, high = clustered_interval(gains[:, 1] - gains[:, 0], users)
         numbers = [*hits.mean(0), *gains.mean(0)]
