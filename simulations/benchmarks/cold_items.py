@@ -63,7 +63,8 @@ def main() -> None:
             began = time.perf_counter()
             groups = both_models(config, dataset)
             seconds = time.perf_counter() - began
-            row = results.append("cold_items", {"preset": arguments.preset, "seed": seed, "settings": settings, "seconds": seconds, "groups": groups})
+            about = {"preset": arguments.preset, "seed": seed, "settings": settings, "rows_left_out": config.server.rows_left_out, "seconds": seconds}
+            row = results.append("cold_items", {**about, "groups": groups})
         rows.append(row)
         print(f"seed {seed}: {row['seconds']:.0f} s", flush=True)
     print(table(rows))

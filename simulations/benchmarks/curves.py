@@ -11,11 +11,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import results
 from fedssl_simulations.charts import LineChart, Series, line_chart
+from learning_tables import rows_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "quality.svg"
-PRESETS = ("ml-1m", "beauty", "ml-100k")
+PRESETS = ("ml-1m", "beauty", "ml-100k", "ml-100k-counts")
 NAMES = {"federated, weights by positions": "weights by positions", "federated, equal weights, summed loss": "users weigh alike"}
 AXES = {"round": ("round", 1.0), "seconds": ("seconds of training", 1.0), "upload_bytes_a_user": ("megabytes that a user has sent", 1e6)}
 STYLE = """
@@ -32,6 +32,12 @@ STYLE = """
 
 
 def main() -> None:
+    PAGE.write_text(page())
+    print(PAGE)
+
+
+def page() -> str:
+    """The curves of today's results as SVG."""
     panels, about = [], []
     for preset in PRESETS:
         curves = {name: found for key, name in NAMES.items() if (found := newest_curves(preset, key))}
@@ -40,17 +46,12 @@ def main() -> None:
                 series = [one_line(name, colour, found, axis, unit) for colour, (name, found) in enumerate(curves.items())]
                 panels.append(line_chart(f"{preset}, against {label}", series, x_label=label, digits=".4f"))
                 about.append(f"{panels[-1].title}: {panels[-1].about}")
-    PAGE.write_text(drawn(panels, ". ".join(about)))
-    print(f"{PAGE}: {len(panels)} charts")
+    return drawn(panels, ". ".join(about))
 
 
 def newest_curves(preset: str, name: str) -> list[Sequence[Mapping[str, Any]]]:
     """One curve a seed, of the settings that were run last."""
-    newest = results.newest("quality", preset=preset, name="federated, weights by positions")
-    if newest is None:
-        return []
-    rows = [row for row in results.rows("quality") if (row["preset"], row["settings"], row["name"]) == (preset, newest["settings"], name)]
-    return [row["curve"] for row in {row["seed"]: row for row in rows}.values() if row.get("curve")]
+    return [row["curve"] for row in rows_of(preset, name) if row.get("curve")]
 
 
 def one_line(name: str, colour: int, curves: list[Sequence[Mapping[str, Any]]], axis: str, unit: float) -> Series:

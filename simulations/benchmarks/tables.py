@@ -18,12 +18,17 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 def main() -> None:
-    text = README.read_text()
+    README.write_text(with_tables(README.read_text()))
+
+
+def with_tables(text: str) -> str:
+    """A README with the tables of today's results between its markers."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     parts = [
         learning_tables.quality("ml-1m"),
         learning_tables.quality("beauty"),
+        learning_tables.published(),
         learning_tables.quality("ml-100k"),
         learning_tables.quality("ml-100k-counts"),
         learning_tables.CURVES,
@@ -46,7 +51,7 @@ def main() -> None:
         deployment_tables.faults(),
         deployment_tables.many_nodes(),
     ]
-    README.write_text(f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}")
+    return f"{before}{BEGIN}\n{chr(10).join(part for part in parts if part)}\n{END}{after}"
 
 
 def throughput() -> str:

@@ -120,7 +120,8 @@ def with_titles(dataset: Dataset, encode: Encode) -> Dataset:
 def table(rows: list[dict[str, Any]]) -> str:
     """NDCG@10 `unseen` on the validation event after so many rounds, the mean over seeds, and how much more than from nothing."""
     rounds = [int(number) for number, _ in rows[0]["curve"]]
-    head = f"| begins with | {' | '.join(f'after {number} rounds' for number in rounds)} | after {rounds[0]}, over from nothing | test, over from nothing |"
+    gained = " | ".join(f"{when}, over from nothing" for when in (f"after {rounds[0]}", f"test after {rounds[-1]}"))
+    head = f"| begins with | {' | '.join(f'after {number} rounds' for number in rounds)} | {gained} |"
     lines = [head, "|" + "---|" * (len(rounds) + 3)]
     nothing = [row for row in rows if row["name"] == VARIANTS[0]]
     for name in VARIANTS:

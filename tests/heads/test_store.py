@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,30 @@ def test_heads_begin_at_zero_and_take_no_space(tmp_path: Path):
     store = HeadStore(tmp_path, np.arange(1_000_000), 64)
     assert not store.read(np.array([0, 999_999])).any()
     assert (tmp_path / "user-vector.f32").stat().st_blocks * 512 < 1 << 20
+
+
+def test_a_million_heads_that_were_all_trained_add_little_memory(tmp_path: Path):
+    program = """
+import sys, numpy as np, psutil
+from pathlib import Path
+from fedssl.heads.store import HeadStore
+store = HeadStore(Path(sys.argv[1]), np.arange(1_000_000), 64)
+before = psutil.Process().memory_info().rss
+for first in range(0, 1_000_000, 20_000):
+    store.write(np.arange(first, first + 20_000), np.full((20_000, 64), 1.0, dtype=np.float32), round=0)
+    store.begin(1, settled=0)
+store.flush()
+rng = np.random.default_rng(0)
+for number in range(1, 30):
+    users = np.sort(rng.choice(1_000_000, 1000, replace=False))
+    store.begin(number, settled=number - 1)
+    store.write(users, store.read(users) + 1, round=number)
+store.flush()
+print(psutil.Process().memory_info().rss - before)
+"""
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "heads")], capture_output=True, text=True, check=True)
+    assert (tmp_path / "heads" / "user-vector.f32").stat().st_blocks * 512 >= 256_000_000, "all of them are on the disk"
+    assert int(done.stdout) < 60_000_000, "of 256 MB"
 
 
 def test_heads_that_were_written_are_read_again_by_another_process(tmp_path: Path):
