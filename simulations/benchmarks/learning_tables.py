@@ -27,6 +27,10 @@ QUALITY = (
         "**federated**, weights by positions, without the task previous item and the history's mean",
     ),
     ("federated, weights by positions, BERT4Rec and masked item", "**federated**, weights by positions, BERT4Rec with masked item instead"),
+    (
+        "federated, weights by positions, BERT4Rec and masked item, three times the rounds",
+        "**federated**, weights by positions, BERT4Rec with masked item instead, three times the rounds",
+    ),
     ("federated, weights by positions, with contrast", "**federated**, weights by positions, the contrastive task beside"),
     ("federated, weights by positions, with a head", "**federated**, weights by positions, a user vector kept by each"),
     ("federated, weights by positions, with the previous item", "**federated**, weights by positions, + the task previous item"),

@@ -35,6 +35,7 @@ EQUAL_SUM = "federated, equal weights, summed loss"
 CONTRAST = "federated, weights by positions, with contrast"
 HEAD = "federated, weights by positions, with a head"
 MASKED = "federated, weights by positions, BERT4Rec and masked item"
+MASKED_LONGER = "federated, weights by positions, BERT4Rec and masked item, three times the rounds"
 PREVIOUS = "federated, weights by positions, with the previous item"
 HISTORY = "federated, weights by positions, with the history's mean"
 BOTH = "federated, weights by positions, with the previous item and the history's mean"
@@ -80,12 +81,14 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
     server, tasks = config.server, config.task
     mean = config.head.model_copy(update={"history": 3.0})
     equal = {"server": server.model_copy(update={"weighting": "equal"})}
+    cloze = {"encoder": config.encoder.model_copy(update={"name": "bert4rec"}), "task": (TaskConfig(name="masked-item"),)}
     variants: dict[str, dict[str, Any]] = {
         FEDERATED: {"server": server.model_copy(update={"weighting": "positions"})},
         EQUAL: equal,
         EQUAL_SUM: {**equal, "local": config.local.model_copy(update={"reduction": "sum"})},
         CONTRAST: {"task": (*tasks, TaskConfig(name="contrastive", weight=0.1, negatives=8))},
-        MASKED: {"encoder": config.encoder.model_copy(update={"name": "bert4rec"}), "task": (TaskConfig(name="masked-item"),)},
+        MASKED: cloze,
+        MASKED_LONGER: {**cloze, "server": server.model_copy(update={"rounds": 3 * server.rounds})},
         HEAD: {"head": config.head.model_copy(update={"name": "user-vector"})},
         PREVIOUS: {"task": with_previous_item(tasks)},
         HISTORY: {"head": mean},
