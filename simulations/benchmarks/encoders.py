@@ -72,7 +72,7 @@ BERT4Rec was published, learned much less in as many rounds of MovieLens-100K; s
 On ML-1M, trained centrally at width 64 for about as much CPU time each, one seed and one learning rate: relative positions in place of
 SASRec's own, HSTU's pointwise attention (Zhai et al. 2024) and LiGR's gated blocks (Borisyuk et al. 2025) all learned more than `sasrec`,
 HSTU and relative positions the most, and all less than `hgrn`, which takes more rounds in that time. Of `hgrn`'s losses gBCE (Petrov and
-Macdonald 2023) with 256 negatives and the softmax over 1,024 drawn ones ended where the full softmax does.
+Macdonald 2023) with 256 negatives and the softmax over 1,024 drawn ones, which has logQ's correction here, ended where the full softmax does.
 """
 
 
