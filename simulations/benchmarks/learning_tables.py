@@ -163,6 +163,9 @@ def parts_that_help() -> str:
             for what, one in gains.items():
                 what = f"NDCG@10, {what}" if file == "task_gains" else what
                 lines.append(f"| {name}, against {beside} | {preset}, {number} rounds{rates} | {what} | {_gain(one)} |")
+            if "rounds_to_95" in row:
+                what = f"rounds until 95 % of the last validation of {beside} alone"
+                lines.append(f"| {name}, against {beside} | {preset}, {number} rounds{rates} | {what} | {_rounds(*row['rounds_to_95'])} |")
     for row in {(row["preset"], row["name"]): row for row in results.rows("part_gains") if len(row["seeds"]) > 2}.values():
         number = f"{row['preset']}, {rounds[row['runs'][0]]} rounds{rates_tried(row)}"
         lines.append(f"| {row['name']}, taken from the whole preset | {number} | NDCG@10 | {_gain(row['gains']['NDCG@10'])} |")
@@ -190,6 +193,13 @@ def rates_tried(row: Mapping[str, Any]) -> str:
 def _gain(one: Mapping[str, Any]) -> str:
     (low, high), (least, most) = one["interval"], one["seeds"]
     return f"{one['before']:.4g} | {one['after']:.4g} | {one['gain']:+.1%} ({low:+.1%} to {high:+.1%}) | {least:+.1%} to {most:+.1%}"
+
+
+def _rounds(before: list[int | None], after: list[int | None]) -> str:
+    """Rounds of each seed, and how many more; a seed that never came so far has no number."""
+    cells = [", ".join("never" if number is None else str(number) for number in numbers) for numbers in (before, after)]
+    more = [second / first - 1 for first, second in zip(before, after, strict=True) if first is not None and second is not None]
+    return f"{' | '.join(cells)} |  | {'' if len(more) < len(before) else f'{min(more):+.0%} to {max(more):+.0%}'}"
 
 
 def cold_items() -> str:
