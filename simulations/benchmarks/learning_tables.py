@@ -58,6 +58,11 @@ CURVES = """![NDCG@10 `unseen` on the validation event against rounds, seconds o
 """
 
 
+NOTES = {
+    "ml-100k": " A small SASRec without counts, for trials of tasks and heads; it stands below the counts, and `ml-100k-counts` is what recommends best there."
+}
+
+
 def quality(preset: str) -> str:
     """A preset's rows, each the mean over the seeds that were run, with the least and the most."""
     newest = results.newest("quality", preset=preset, name="federated, weights by positions")
@@ -66,7 +71,8 @@ def quality(preset: str) -> str:
     found = {name: {row["seed"]: row for row in rows_of(preset, name)} for name, _ in QUALITY}
     lines = [
         f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
-        f"2 cores of {newest['cpu']}). Means over seeds (least to most); seconds are of training, by mean, with whatever else ran on the machine.",
+        f"2 cores of {newest['cpu']}). Means over seeds (least to most); seconds are of training, by mean, with whatever else ran on the machine."
+        f"{NOTES.get(preset, '')}",
         "",
         "| recommender | `all` | `unseen` | seeds | seconds |",
         "|---|---|---|---|---|",
