@@ -97,8 +97,8 @@ def test_an_arm_without_a_part_is_the_preset_but_for_that_part(scripts: dict[str
     parts, config = scripts["parts"], read_run("ml-100k-counts", [])
     fewer = {name: parts.without(name, config) for name in parts.PARTS}
     assert all(one != config for one in fewer.values())
-    for name, section in zip(parts.PARTS, ("encoder", "encoder", "encoder", "counts", "task", "head"), strict=True):
-        assert fewer[name].model_copy(update={section: getattr(config, section)}) == config
+    for name, *sections in zip(parts.PARTS, ("encoder", "encoder", "encoder", "counts", "task", "head", "task"), (*[None] * 6, "head"), strict=True):
+        assert fewer[name].model_copy(update={section: getattr(config, section) for section in sections if section}) == config
     plain = read_run("ml-100k", [])
     assert all(parts.without(name, plain) == plain for name in parts.PARTS)
 
