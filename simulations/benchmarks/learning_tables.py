@@ -22,10 +22,7 @@ QUALITY = (
     ("federated, equal weights", "**federated**, users weigh alike, mean loss"),
     ("federated, equal weights, summed loss", "**federated**, users weigh alike, summed loss"),
     ("federated, weights by positions", "**federated**, weights by positions"),
-    (
-        "federated, weights by positions, without the previous item and the history's mean",
-        "**federated**, weights by positions, without the task previous item and the history's mean",
-    ),
+    ("federated, weights by positions, without the previous item", "**federated**, weights by positions, without the task previous item"),
     ("federated, weights by positions, BERT4Rec and masked item", "**federated**, weights by positions, BERT4Rec with masked item instead"),
     (
         "federated, weights by positions, BERT4Rec and masked item, three times the rounds",

@@ -25,7 +25,6 @@ PARTS = (
     "the counts' score beside the encoder's",
     "previous item",
     "history's mean",
-    "previous item and history's mean",
 )
 
 
@@ -51,9 +50,6 @@ def main() -> None:
 def without(name: str, config: RunConfig) -> RunConfig:
     """A preset's settings with a part taken out or made plain; as they are where it has none."""
     encoder, counts = config.encoder, config.counts
-    if " and " in name:
-        first, second = name.split(" and ")
-        return without(second, without(first, config))
     if name == "previous item":
         return config.model_copy(update={"task": without_previous_item(config.task)})
     if name == "history's mean":

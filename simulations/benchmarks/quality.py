@@ -39,7 +39,7 @@ MASKED_LONGER = "federated, weights by positions, BERT4Rec and masked item, thre
 PREVIOUS = "federated, weights by positions, with the previous item"
 HISTORY = "federated, weights by positions, with the history's mean"
 BOTH = "federated, weights by positions, with the previous item and the history's mean"
-PLAIN = "federated, weights by positions, without the previous item and the history's mean"
+PLAIN = "federated, weights by positions, without the previous item"
 CURVE = 12
 """Validations of a run, the one after the last round too."""
 
@@ -93,19 +93,18 @@ def jobs(config: RunConfig, dataset: Dataset, runs: Path | None) -> dict[str, Ca
         PREVIOUS: {"task": with_previous_item(tasks)},
         HISTORY: {"head": mean},
         BOTH: {"task": with_previous_item(tasks), "head": mean},
-        PLAIN: {"task": without_previous_item(tasks), "head": config.head.model_copy(update={"history": 0.0})},
+        PLAIN: {"task": without_previous_item(tasks)},
     }
-    configs = {name: config.model_copy(update=update) for name, update in variants.items()}
-    preset = configs[FEDERATED]
+    configs: dict[str, RunConfig] = {}
+    for name, update in variants.items():
+        chosen = config.model_copy(update=update)
+        if chosen not in configs.values():  # a preset may have a part already
+            configs[name] = chosen
     baselines = {name: lambda name=name: run_baselines(config, dataset, names=(name,))[name] for name in BASELINES}
     for name, factor in CENTRAL_RATES.items():
         other = config.model_copy(update={"server": server.model_copy(update={"lr": factor * server.lr})})
         baselines[name] = lambda other=other: run_baselines(other, dataset, names=("central",))["central"]
-    made = {
-        name: lambda name=name, chosen=chosen: federated(chosen, dataset, runs and runs / re.sub(r"[,' ]+", "-", name))
-        for name, chosen in configs.items()
-        if name == FEDERATED or chosen != preset  # a preset may have a part already
-    }
+    made = {name: lambda name=name, chosen=chosen: federated(chosen, dataset, runs and runs / re.sub(r"[,' ]+", "-", name)) for name, chosen in configs.items()}
     return {**baselines, **made}
 
 
