@@ -158,8 +158,9 @@ def parts_that_help() -> str:
     lines = []
     rounds = {row["settings"]: row["rounds"] for row in results.rows("paired_runs")}
     for file, beside in (("task_gains", "next item"), ("head_gains", "no head")):
-        newest = {(row["preset"], rounds[row["runs"][0]], rates_tried(row), row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
-        for (preset, number, rates, name), row in sorted(newest.items(), key=lambda one: one[0][:3]):
+        newest = {(row["preset"], rounds[row["runs"][0]], _number_of_rates(row), row["name"]): row for row in results.rows(file) if len(row["seeds"]) > 2}
+        for (preset, number, _, name), row in sorted(newest.items(), key=lambda one: one[0]):
+            rates = rates_tried(row)
             gains = dict(row["gains"])
             if len(gains) == 2 and file == "task_gains" and len({str(one) for one in gains.values()}) == 1:
                 del gains["all users"]  # they all have so short a history
@@ -191,6 +192,10 @@ def rates_tried(row: Mapping[str, Any]) -> str:
     if before is None or after is None:
         return ""
     return f", best of {len(before['validated'])} learning rates each ({before['best']:g} without, {after['best']:g} with)"
+
+
+def _number_of_rates(row: Mapping[str, Any]) -> int:
+    return len(row["rates"][0]["validated"]) if row.get("rates") else 0
 
 
 def _gain(one: Mapping[str, Any]) -> str:
