@@ -20,6 +20,7 @@ from fedssl.sparse_total import from_keys, sum_by_key
 
 USERS_AT_ONCE = 512
 CELLS_AT_ONCE = 1 << 22
+HISTORIES_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -205,13 +206,19 @@ class CountsScorer:
         self._prior = (config.prior * np.log(self._share)).astype(np.float32)
 
     def __call__(self, histories: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:
-        """Scores (n, I + 1) after each history (oldest first); column 0 means nothing."""
+        """Scores (n, I + 1) after each history (oldest first); column 0 means nothing. Cells are read for `HISTORIES_AT_ONCE` at a time."""
+        scores = np.empty((len(histories), self._counts.num_items + 1), dtype=np.float32)
+        for first in range(0, len(histories), HISTORIES_AT_ONCE):
+            scores[first : first + HISTORIES_AT_ONCE] = self._scores(histories[first : first + HISTORIES_AT_ONCE])
+        return scores
+
+    def _scores(self, histories: Sequence[NDArray[np.integer]]) -> NDArray[np.float32]:
         n, width = len(histories), self._counts.num_items + 1
         config = self._config
         newest = [np.asarray(history[::-1][: config.context], dtype=np.int64) for history in histories]
-        item = np.concatenate(newest) if n else np.zeros(0, np.int64)
+        item = np.concatenate(newest)
         owner = np.repeat(np.arange(n), [len(rows) for rows in newest])
-        weight = np.concatenate([config.context_decay ** np.arange(len(rows)) for rows in newest]) if n else np.zeros(0)
+        weight = np.concatenate([config.context_decay ** np.arange(len(rows)) for rows in newest])
         start, stop = self._counts.starts[item], self._counts.starts[item + 1]
         size = stop - start
         cell = np.repeat(start - (np.cumsum(size) - size), size) + np.arange(size.sum())

@@ -266,6 +266,17 @@ def test_scores_are_those_of_a_dense_table(form: Any, seed: int, past: list[list
         assert scores[1:].tolist() == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("number", [0, 1, 31, 32, 33, 100])
+def test_how_many_histories_are_read_at_once_changes_no_score(number: int):
+    chance = np.random.default_rng(number)
+    past = [chance.integers(1, 5, chance.integers(0, 6)).astype(np.int32) for _ in range(number)]
+    scorer = CountsScorer(counts_of(TABLE), CountsConfig(form="log-lift"))
+    found = scorer(past)
+    assert found.shape == (number, 5)
+    for scores, items in zip(found, past, strict=True):
+        assert np.array_equal(scores, scorer([items])[0])
+
+
 def test_an_item_met_twice_is_read_twice():
     scorer = CountsScorer(counts_of(TABLE), CountsConfig(context=2, context_decay=0.5, scale=1.0))
     once, twice = scorer([np.array([1], dtype=np.int32), np.array([1, 1], dtype=np.int32)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import logging
 import shutil
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fedssl import __version__
+from fedssl import __version__, heap
 from fedssl.device_model import ENCODER_FILE, settle
 from fedssl.errors import FedSSLError
 from fedssl.heads.store import HeadStore
@@ -241,7 +240,7 @@ class Agent:
             )
         finally:
             self.load_model()
-            _trim()
+            heap.give_back()  # what a download took
 
     def ledger_head(self) -> tuple[int, bytes]:
         """How many rows the ledger has, and the chain of the last one."""
@@ -337,13 +336,6 @@ class Agent:
 
 def _bytes(head: NDArray[np.float32] | None) -> bytes:
     return b"" if head is None else head.tobytes()
-
-
-def _trim() -> None:
-    """Give memory that a download took back to the system, where the C library can (glibc)."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def as_json(exported: dict[str, Any]) -> str:

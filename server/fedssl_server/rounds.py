@@ -17,6 +17,7 @@ import numpy as np
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
+from fedssl import heap
 from fedssl.counts import Counts
 from fedssl.device_evaluation import metrics_of, model_tensors
 from fedssl.errors import AllUploadsRefused, ConfigError, TooFewUploads, WireError
@@ -136,6 +137,7 @@ def run_rounds(
     names = [phase.name for phase in phases]
     begin = names.index(state.phase) if state.phase in names else 0
     for phase in phases[begin:]:
+        heap.give_back()  # what the phase before took: counts take much and keep little
         first = state.round + 1 if state.phase == phase.name else 1
         for number in range(first, phase.rounds + 1):
             if should_stop():

@@ -19,13 +19,16 @@ from fedssl.tasks.contrastive import FORM, NEGATIVES
 from fedssl.weights import ITEMS, Weights
 
 USERS = 512
+USERS_AT_ONCE = 64
 
 
 def spread_now(recipe: Recipe, weights: Weights, histories: Histories, users: np.ndarray[Any, Any]) -> Spread | None:
     """How the encodings of up to 512 of the users lie, each of what came before the validation target; None where fewer than two are finite."""
     places = histories.target_places("validation")
     users = users[places[users] >= 0][:USERS]
-    encoded = Recommender(recipe, weights).encode([histories.items[histories.cuts[user] : places[user]] for user in users])
+    model, past = Recommender(recipe, weights), [histories.items[histories.cuts[user] : places[user]] for user in users]
+    # A few at a time: an encoder holds the states of all positions.
+    encoded = torch.cat([model.encode(past[first : first + USERS_AT_ONCE]) for first in range(0, max(len(past), 1), USERS_AT_ONCE)])
     following = weights[ITEMS][torch.from_numpy(histories.items[places[users]].astype(np.int64))]
     is_finite = encoded.isfinite().all(1) & following.isfinite().all(1)
     return spread(encoded[is_finite], following[is_finite]) if is_finite.sum() > 1 else None
