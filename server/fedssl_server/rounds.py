@@ -137,7 +137,6 @@ def run_rounds(
     names = [phase.name for phase in phases]
     begin = names.index(state.phase) if state.phase in names else 0
     for phase in phases[begin:]:
-        heap.give_back()  # what the phase before took: counts take much and keep little
         first = state.round + 1 if state.phase == phase.name else 1
         for number in range(first, phase.rounds + 1):
             if should_stop():
@@ -146,6 +145,7 @@ def run_rounds(
             if _is_evaluated(run.recipe, phase, number, is_last=phase is phases[-1] and number == phase.rounds):
                 facts = replace(facts, evaluation=_evaluate(grid, run, state, settled()))
             on_round(state, facts)
+        heap.give_back()  # counts take much and keep little
     return state
 
 

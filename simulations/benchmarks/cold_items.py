@@ -137,17 +137,20 @@ def evaluated(model: Recommender, whole: Dataset, split: Any, *, few: bool) -> t
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows of all seeds as Markdown; the interval is that of the paired difference of NDCG@10 over people, each with all targets of all seeds."""
+    """The rows of all seeds as Markdown, a line a group of targets."""
     lines = ["| targets | of all seeds | HR@10 without | with | NDCG@10 without | with | difference, 95 % interval |", "|---|---|---|---|---|---|---|"]
-    for name in rows[0]["groups"]:
-        found = np.concatenate([row["groups"][name] for row in rows])
-        users, pairs = found[:, 0].astype(int), found[:, 1:]
-        hits, gains = pairs <= 10, np.where(pairs <= 10, 1 / np.log2(1 + pairs), 0.0)
-        low, high = clustered_interval(gains[:, 1] - gains[:, 0], users)
-        numbers = [*hits.mean(0), *gains.mean(0)]
-        cells = [f"{numbers[place]:.4f}" for place in range(4)]
-        lines.append(f"| {name} | {len(pairs):,} | {' | '.join(cells)} | {numbers[3] - numbers[2]:+.4f} ({low:+.4f} to {high:+.4f}) |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells(rows, name))} |" for name in rows[0]["groups"])])
+
+
+def cells(rows: list[dict[str, Any]], name: str) -> list[str]:
+    """A group's numbers over all seeds; the interval is that of the paired difference of NDCG@10 over people, each with all targets of all seeds."""
+    found = np.concatenate([row["groups"][name] for row in rows])
+    users, pairs = found[:, 0].astype(int), found[:, 1:]
+    hits, gains = pairs <= 10, np.where(pairs <= 10, 1 / np.log2(1 + pairs), 0.0)
+    low, high = clustered_interval(gains[:, 1] - gains[:, 0], users)
+    without, with_them = gains.mean(0)
+    numbers = [f"{number:.4f}" for number in (*hits.mean(0), without, with_them)]
+    return [f"{len(pairs):,}", *numbers, f"{with_them - without:+.4f} ({low:+.4f} to {high:+.4f})"]
 
 
 if __name__ == "__main__":

@@ -40,18 +40,14 @@ def page() -> str:
     """The curves of today's results as SVG."""
     panels, about = [], []
     for preset in PRESETS:
-        curves = {name: found for key, name in NAMES.items() if (found := newest_curves(preset, key))}
+        rows = rows_of(preset)
+        curves = {name: found for key, name in NAMES.items() if (found := [row["curve"] for row in rows[key].values() if row.get("curve")])}
         for axis, (label, unit) in AXES.items():
             if curves:
                 series = [one_line(name, colour, found, axis, unit) for colour, (name, found) in enumerate(curves.items())]
                 panels.append(line_chart(f"{preset}, against {label}", series, x_label=label, digits=".4f"))
                 about.append(f"{panels[-1].title}: {panels[-1].about}")
     return drawn(panels, ". ".join(about))
-
-
-def newest_curves(preset: str, name: str) -> list[Sequence[Mapping[str, Any]]]:
-    """One curve a seed, of the settings that were run last."""
-    return [row["curve"] for row in rows_of(preset, name) if row.get("curve")]
 
 
 def one_line(name: str, colour: int, curves: list[Sequence[Mapping[str, Any]]], axis: str, unit: float) -> Series:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
@@ -62,10 +63,10 @@ NOTES = {
 
 def quality(preset: str) -> str:
     """A preset's rows, each the mean over the seeds that were run, with the least and the most."""
-    newest = results.newest("quality", preset=preset, name="federated, weights by positions")
-    if newest is None:
+    found = rows_of(preset)
+    if not found:
         return ""
-    found = {name: {row["seed"]: row for row in rows_of(preset, name)} for name, _ in QUALITY}
+    newest = list(found["federated, weights by positions"].values())[-1]
     lines = [
         f"**Preset `{preset}`**: NDCG@10 on the held-out last event, ranked against the whole catalogue (`python simulations/benchmarks/quality.py {preset}`; "
         f"2 cores of {newest['cpu']}). Means over seeds (least to most); seconds are of training, by mean, with whatever else ran on the machine."
@@ -102,12 +103,11 @@ def quality(preset: str) -> str:
 
 def published() -> str:
     """Our means over seeds beside what others printed."""
-    lines = []
+    both, lines = [rows_of(preset) for preset in ("ml-1m", "beauty")], []
     for label, name, part in OURS:
-        found = [rows_of(preset, name) for preset in ("ml-1m", "beauty")]
-        if not all(found):
+        if not all(name in found for found in both):
             continue
-        tests = [[row["test"]["parts"][part] if part else row["test"] for row in rows] for rows in found]
+        tests = [[row["test"]["parts"][part] if part else row["test"] for row in found[name].values()] for found in both]
         cells = " | ".join(f"{fmean(test['unseen']['ndcg@10'] for test in some):.4f}" for some in tests)
         lines.append(f"| **{label}** | federated, a user a client | {cells} |")
     for name, how, *values in PUBLISHED:
@@ -116,19 +116,19 @@ def published() -> str:
         "leave-one-out over the whole catalogue; filters and numbers of items differ a little from paper to paper, so a small difference says nothing. "
         "CoFedRec, the best federated result we found, is quoted second-hand and knows no order of events"
     )
-    return (
-        f"**Beside what others printed**, NDCG@10 `unseen`, {about}.\n\n| recommender | trained | MovieLens-1M | Beauty |\n|---|---|---|---|\n"
-        + "\n".join(lines)
-        + "\n"
-    )
+    head = ["| recommender | trained | MovieLens-1M | Beauty |", "|---|---|---|---|"]
+    return "\n".join([f"**Beside what others printed**, NDCG@10 `unseen`, {about}.", "", *head, *lines, ""])
 
 
-def rows_of(preset: str, name: str) -> list[dict[str, Any]]:
-    """A preset's rows of one name, the newest of each seed, of the settings that were run last."""
-    newest = results.newest("quality", preset=preset, name="federated, weights by positions")
-    wanted = None if newest is None else (preset, newest["settings"], name)
-    rows = [row for row in results.rows("quality") if (row["preset"], row["settings"], row["name"]) == wanted]
-    return list({row["seed"]: row for row in rows}.values())
+def rows_of(preset: str) -> dict[str, dict[int, dict[str, Any]]]:
+    """A preset's rows by name and seed, the newest of each, of the settings that were run last; rows of others are what the preset once was."""
+    mine = [row for row in results.rows("quality") if row["preset"] == preset]
+    last = next((row["settings"] for row in reversed(mine) if row["name"] == "federated, weights by positions"), None)
+    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for row in mine:
+        if row["settings"] == last:
+            found[row["name"]][row["seed"]] = row
+    return found
 
 
 def share(rows: Mapping[int, Mapping[str, Any]], of: Mapping[int, Mapping[str, Any]], *, whole: bool = False) -> str:
@@ -222,7 +222,8 @@ def cold_items() -> str:
     )
     text = f"**Items and people not met before** ([docs/new-items.md](docs/new-items.md)): {about}.\n\n{cold.table(left_out)}\n"
     if none_left_out:
-        name, *_, low, high, difference = cold.table(none_left_out).splitlines()[2].strip("| ").split(" | ")
+        name = next(iter(none_left_out[0]["groups"]))
+        *_, low, high, difference = cold.cells(none_left_out, name)
         text += f"\nWithout `rows_left_out`, {name}: NDCG@10 {low} without features, {high} with them, {difference}.\n"
     return text
 

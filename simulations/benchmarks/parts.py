@@ -18,14 +18,15 @@ from quality import without_previous_item
 from fedssl.config import RunConfig
 
 WHOLE = "whole"
-PARTS = (
-    "HGRN, against SASRec",
-    "HGRN, against GRU4Rec",
-    "item vectors that begin with the counts, against random ones",
-    "the counts' score beside the encoder's",
-    "previous item",
-    "history's mean",
-)
+PARTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "HGRN, against SASRec": ("encoder", {"name": "sasrec"}),
+    "HGRN, against GRU4Rec": ("encoder", {"name": "gru4rec"}),
+    "item vectors that begin with the counts, against random ones": ("encoder", {"first_items": "random"}),
+    "the counts' score beside the encoder's": ("counts", {"strength": 0.0}),
+    "previous item": ("task", {}),
+    "history's mean": ("head", {"history": 0.0}),
+}
+"""A section of the settings, and what stands there where the part is taken out or made plain; the tasks are a list."""
 
 
 def main() -> None:
@@ -49,18 +50,11 @@ def main() -> None:
 
 def without(name: str, config: RunConfig) -> RunConfig:
     """A preset's settings with a part taken out or made plain; as they are where it has none."""
-    encoder, counts = config.encoder, config.counts
-    if name == "previous item":
-        return config.model_copy(update={"task": without_previous_item(config.task)})
-    if name == "history's mean":
-        return config.model_copy(update={"head": config.head.model_copy(update={"history": 0.0})})
-    if name.startswith("the counts' score"):
-        return config if counts is None else config.model_copy(update={"counts": counts.model_copy(update={"strength": 0.0})})
-    if name.startswith("item vectors"):
-        return config.model_copy(update={"encoder": encoder.model_copy(update={"first_items": "random"})})
-    if encoder.name != "hgrn":
+    section, plain = PARTS[name]
+    before = getattr(config, section)
+    if before is None or (name.startswith("HGRN") and before.name != "hgrn"):
         return config
-    return config.model_copy(update={"encoder": encoder.model_copy(update={"name": name.rsplit(" ", 1)[-1].lower()})})
+    return config.model_copy(update={section: without_previous_item(before) if section == "task" else before.model_copy(update=plain)})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedssl.collapse import Spread, effective_rank, spread
 from fedssl.config import TaskConfig
@@ -26,9 +28,7 @@ def spread_now(recipe: Recipe, weights: Weights, histories: Histories, users: np
     """How the encodings of up to 512 of the users lie, each of what came before the validation target; None where fewer than two are finite."""
     places = histories.target_places("validation")
     users = users[places[users] >= 0][:USERS]
-    model, past = Recommender(recipe, weights), [histories.items[histories.cuts[user] : places[user]] for user in users]
-    # A few at a time: an encoder holds the states of all positions.
-    encoded = torch.cat([model.encode(past[first : first + USERS_AT_ONCE]) for first in range(0, max(len(past), 1), USERS_AT_ONCE)])
+    encoded = encodings(recipe, weights, [histories.items[histories.cuts[user] : places[user]] for user in users])
     following = weights[ITEMS][torch.from_numpy(histories.items[places[users]].astype(np.int64))]
     is_finite = encoded.isfinite().all(1) & following.isfinite().all(1)
     return spread(encoded[is_finite], following[is_finite]) if is_finite.sum() > 1 else None
@@ -60,9 +60,15 @@ def contrast_facts(recipe: Recipe, weights: Weights, histories: Histories) -> di
         "users": int(can_learn.sum()),
         "nonzero_share": float((norms[contrast.name][can_learn] > 0).mean()),
         "gradient_ratio": float(np.median(ratio[has_both])) if has_both.any() else None,
-        "effective_rank": effective_rank(Recommender(recipe, weights).encode(past)),
+        "effective_rank": effective_rank(encodings(recipe, weights, past)),
         "width": recipe.encoder.width,
     }
+
+
+def encodings(recipe: Recipe, weights: Weights, past: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+    """The hidden state after each history, (n, D), a few at a time: an encoder holds the states of all positions."""
+    model = Recommender(recipe, weights)
+    return torch.cat([model.encode(past[first : first + USERS_AT_ONCE]) for first in range(0, max(len(past), 1), USERS_AT_ONCE)])
 
 
 def gradient_norms(recipe: Recipe, weights: Weights, histories: Histories, users: np.ndarray[Any, Any], config: TaskConfig) -> np.ndarray[Any, Any]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 BENCHMARKS = Path(__file__).parents[2] / "simulations" / "benchmarks"
-NAMES = ("cold_items", "curves", "encoders", "learning_tables", "paired", "parts", "quality", "results", "tables", "tasks")
+NAMES = ("curves", "encoders", "paired", "parts", "quality", "tables")
 
 
 @pytest.fixture(scope="module")
